@@ -99,3 +99,13 @@ var rules = map[Code]Rule{ //nolint:gochecknoglobals // a table that nothing wri
 	Code_CODE_PEER_DEAD:            {GRPC: 14, Close: 1001, Reconnect: Reconnect_RECONNECT_SAME_CURSOR},
 	Code_CODE_INTERNAL:             {GRPC: 13, Close: 1011, Reconnect: Reconnect_RECONNECT_SAME_CURSOR},
 }
+
+// DurabilityWord is the class as configuration, logs and PROTOCOL.md name it: memory, os, fsync, replicated.
+func DurabilityWord(d Durability) string {
+	return strings.ToLower(strings.TrimPrefix(d.String(), "DURABILITY_"))
+}
+
+// ParseDurability is the reverse of [DurabilityWord]; unspecified where the word is not one of them.
+func ParseDurability(word string) Durability {
+	return Durability(Durability_value["DURABILITY_"+strings.ToUpper(word)])
+}

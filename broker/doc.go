@@ -1,0 +1,19 @@
+// Package broker keeps the promises of Tidemark on NATS JetStream. It is the only package that speaks NATS.
+//
+// A session is one subject of a log stream. Each message there is a frame: consecutive envelopes of the session, published with a fence
+// (Nats-Expected-Last-Subject-Sequence) that only the writer which knows the session's last frame can satisfy. From that follow the promises that
+// this package upholds and its tests are named for:
+//
+//	I1 durable before acknowledged   a publish is answered after the PubAck of its frame, with the durability class of the stream
+//	I2 one order                     seqs are assigned on top of the frame that the fence names
+//	I3 exactly-once append           producers and envelope ids are folded into the session's state before an append is decided
+//	I4 gapless delivery              a follower takes seq n+1 after n, from the tail, a page or the log, and checks it
+//	I5 durable before visible        followers read what JetStream stored, never what an edge has in hand
+//	I6 fenced                        the loser of a race reads the winner's frame and decides anew
+//	I8 everything is bounded         queues, the tail, pages in the making: in count and bytes
+//
+// What it does not do: parse what clients send (package schema does), know transports, or check rights (the gateway does).
+//
+// Cancellation: a function returns when its context ends, with the context's error. What was submitted to an appender goes on being stored; only the
+// waiting ends.
+package broker
