@@ -44,11 +44,13 @@ type pass struct {
 	// more: a field was written in this object, so that a comma comes before the next.
 	more bool
 
-	// The reader's: the message, and the keys of the object that is being read. room backs keys, so that reading puts nothing on the heap for them.
-	in   []byte
-	keys []jsonKey
+	// The reader's: the message, the keys of the object that is being read, and those of the message meanwhile. room backs the keys of inner objects, one after the other, so that
+	// reading puts nothing on the heap for them.
+	in        []byte
+	keys, top []jsonKey
+	room      []jsonKey
 
-	// The checker's: the size of what has no fixed size, at least.
+	// The checker's: the size of what has no fixed size, at most.
 	size int
 }
 
@@ -186,21 +188,21 @@ func (p *pass) producer(v **Producer) {
 	if p.op == opCheck && m.Seq == 0 {
 		p.missing("seq")
 	}
-	p.end()
+	p.end("producer")
 }
 
-// The source is the server's word. Its content is not checked.
+// The source is the server's word, and that server may be newer than this one: its role is not checked.
 func (p *pass) source(v **Source) {
 	if !begin(p, "source", v) {
 		return
 	}
 	m := *v
+	p.text("subject", &m.Subject, 0)
 	if p.op != opCheck {
-		p.text("subject", &m.Subject, 0)
 		enum(p, "role", &m.Role, roleWords[:], 0)
 	}
 	p.unknown(&m.unknownFields, m)
-	p.end()
+	p.end("source")
 }
 
 // newPayload returns an empty payload of a known kind.
