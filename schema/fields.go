@@ -1,6 +1,7 @@
 package schema
 
 import (
+	"bytes"
 	"encoding/base64"
 	"math"
 	"strconv"
@@ -13,7 +14,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
-// Each method of this file takes one type of field the three ways of a [pass]: written, read, checked. A reader takes null for absent, except where any JSON may stand.
+// Each method of this file takes one type of field the three ways of a [pass]: written, read, checked. A reader takes null for absent, except where any
+// JSON may stand.
 
 // text is a string.
 func (p *pass) text(name string, v *string, r rule) {
@@ -44,9 +46,9 @@ func (p *pass) checkText(name, v string, r rule) {
 	case v == "" && r&required != 0:
 		p.missing(name)
 	case len(v) > most:
-		p.refuse("Field '%s%s' has %d bytes; at most %d are allowed.", p.at, name, len(v), most)
+		p.refuse("Field '%s' has %d bytes; at most %d are allowed.", p.path(name), len(v), most)
 	case !utf8.ValidString(v):
-		p.refuse("Field '%s%s' is not valid UTF-8.", p.at, name)
+		p.refuse("Field '%s' is not valid UTF-8.", p.path(name))
 	}
 	p.grows(len(v))
 }
@@ -85,7 +87,7 @@ func (p *pass) readTexts(name string, v *[]string) {
 		p.wrongType(name, "a list of strings")
 		return
 	}
-	i := skipSpace(p.in, key.from+1)
+	i := skipSpace(p.in, int(key.from)+1)
 	for p.in[i] != ']' {
 		end, _ := skipValue(p.in, i, MaxJSONDepth)
 		if p.in[i] != '"' {
@@ -97,7 +99,7 @@ func (p *pass) readTexts(name string, v *[]string) {
 			p.loneSurrogate(name)
 			return
 		}
-		*v = append(*v, s)
+		*v = append(*v, string(s))
 		i = skipSpace(p.in, end)
 		if p.in[i] == ',' {
 			i = skipSpace(p.in, i+1)
@@ -141,16 +143,16 @@ func (p *pass) checkFree(name, v string, r rule) {
 	}
 	p.grows(len(v))
 	if at, wrong := checkJSON(v, MaxJSONDepth); wrong != "" {
-		p.refuse("Field '%s%s' is not valid JSON: at byte %d, %s.", p.at, name, at, wrong)
+		p.refuse("Field '%s' is not valid JSON: at byte %d, %s.", p.path(name), at, wrong)
 	} else if r&object != 0 && v[skipSpace(v, 0)] != '{' {
 		p.wrongType(name, "a JSON object")
 	} else if !utf8.ValidString(v) {
-		p.refuse("Field '%s%s' is not valid UTF-8.", p.at, name)
+		p.refuse("Field '%s' is not valid UTF-8.", p.path(name))
 	}
 }
 
 // freeForm is the bytes of a free-form value as they are kept.
-func (p *pass) freeForm(key jsonKey) []byte {
+func (p *pass) freeForm(key member) []byte {
 	if p.exact {
 		return p.in[key.outerFrom:key.outerTo]
 	}
@@ -178,7 +180,7 @@ func enum[E ~int32](p *pass, name string, v *E, words []string, r rule) {
 		if p.in[key.from] == '"' {
 			s, _ := unquote(p.in[key.from:key.to])
 			for i, word := range words {
-				if word == s && s != "" {
+				if string(s) == word && word != "" {
 					*v = E(i)
 					return
 				}
@@ -187,13 +189,13 @@ func enum[E ~int32](p *pass, name string, v *E, words []string, r rule) {
 			*v = E(n)
 			return
 		}
-		p.refuse("Field '%s%s' must be one of: %s.", p.at, name, listWords(words))
+		p.refuse("Field '%s' must be one of: %s.", p.path(name), listWords(words))
 	case opCheck:
 		switch {
 		case *v == 0 && r&required != 0:
 			p.missing(name)
 		case *v != 0 && wordOf(*v, words) == "":
-			p.refuse("Field '%s%s' is %d, which is not known here; it must be one of: %s.", p.at, name, *v, listWords(words))
+			p.refuse("Field '%s' is %d, which is not known here; it must be one of: %s.", p.path(name), *v, listWords(words))
 		}
 	}
 }
@@ -316,33 +318,33 @@ func (p *pass) moment(name string, v **timestamppb.Timestamp) {
 			p.out = append(p.out, '"')
 		}
 	case opRead:
-		s, ok := p.takeString(name)
+		s, ok := p.takeText(name)
 		if !ok {
 			return
 		}
 		var t time.Time
-		if err := t.UnmarshalText([]byte(s)); err == nil && secondDigits(s) <= 9 {
+		if err := t.UnmarshalText(s); err == nil && secondDigits(s) <= 9 {
 			if *v = timestamppb.New(t); (*v).IsValid() {
 				return
 			}
 		}
-		p.refuse("Field '%s%s' is not a time in RFC 3339 form with an offset and at most nine digits behind the second, such as 2025-11-04T10:00:15Z.", p.at, name)
+		p.refuse("Field '%s' is not a time in RFC 3339 form with an offset and at most nine digits behind the second, such as 2025-11-04T10:00:15Z.", p.path(name))
 	case opCheck:
 		if *v == nil {
 			return
 		}
 		if err := (*v).CheckValid(); err != nil {
-			p.refuse("Field '%s%s' is not a time of the years 1 to 9999.", p.at, name)
+			p.refuse("Field '%s' is not a time of the years 1 to 9999.", p.path(name))
 		} else if len((*v).ProtoReflect().GetUnknown()) > 0 {
 			// A finished type of protobuf's own: it grows no fields, and the JSON form has no place for them.
-			p.refuse("Field '%s%s' holds more than a time.", p.at, name)
+			p.refuse("Field '%s' holds more than a time.", p.path(name))
 		}
 	}
 }
 
 // secondDigits counts the digits behind the second.
-func secondDigits(s string) int {
-	_, rest, _ := strings.Cut(s, ".")
+func secondDigits(s []byte) int {
+	_, rest, _ := bytes.Cut(s, []byte{'.'})
 	return skipDigits(rest, 0)
 }
 
@@ -350,7 +352,7 @@ func secondDigits(s string) int {
 func (p *pass) ulid(name string, v *string) {
 	p.text(name, v, 0)
 	if p.op == opCheck && *v != "" && !isULID(*v) {
-		p.refuse("Field '%s%s' is not a ULID in its canonical form: 26 characters of Crockford's base32 in upper case, the first from 0 to 7.", p.at, name)
+		p.refuse("Field '%s' is not a ULID in its canonical form: 26 characters of Crockford's base32 in upper case, the first from 0 to 7.", p.path(name))
 	}
 }
 
@@ -368,8 +370,8 @@ func isULID(s string) bool {
 	return true
 }
 
-// customData is what an application defines itself: under "json" as it is where the content type says JSON and it is JSON, under "data" in base64 otherwise. Either is
-// read with any content type; "json" without one is application/json.
+// customData is what an application defines itself: under "json" as it is where the content type says JSON and it is JSON, under "data" in base64
+// otherwise. Either is read with any content type; "json" without one is application/json.
 func (p *pass) customData(m *Custom) {
 	switch p.op {
 	case opWrite:
@@ -392,7 +394,7 @@ func (p *pass) customData(m *Custom) {
 			if m.Data != nil {
 				p.refuse("A custom envelope has either 'json' or 'data', not both.")
 			}
-			m.Data = append([]byte(nil), p.freeForm(key)...)
+			m.Data = bytes.Clone(p.freeForm(key))
 			if m.ContentType == "" {
 				m.ContentType = "application/json"
 			}
@@ -464,8 +466,8 @@ func (p *pass) target(m *Cancel) {
 	}
 }
 
-// unknown is the fields of message m that this version does not know, as they were encoded. They survive in the JSON form as base64 under "unknown". A field number that is known
-// cannot stand there: encoded and decoded again it would be another value of that field.
+// unknown is the fields of message m that this version does not know, as they were encoded. They survive in the JSON form as base64 under "unknown". A
+// field number that is known cannot stand there: encoded and decoded again it would be another value of that field.
 func (p *pass) unknown(v *[]byte, m proto.Message) {
 	switch p.op {
 	case opWrite:
@@ -488,7 +490,7 @@ func (p *pass) checkUnknown(b []byte, m proto.Message) {
 	for len(b) > 0 {
 		num, _, n := protowire.ConsumeField(b)
 		if n < 0 {
-			p.refuse("Field '%sunknown' is not the encoded form of protobuf fields.", p.at)
+			p.refuse("Field '%s' is not the encoded form of protobuf fields.", p.path("unknown"))
 			return
 		}
 		if m.ProtoReflect().Descriptor().Fields().ByNumber(num) != nil {
@@ -499,43 +501,53 @@ func (p *pass) checkUnknown(b []byte, m proto.Message) {
 	}
 }
 
-// begin opens the message v where it is there; the caller goes over its fields and calls end.
-func begin[M any](p *pass, name string, v **M) bool {
-	switch p.op {
-	case opWrite:
-		if *v == nil {
-			return false
-		}
-		p.open(name)
-	case opRead:
-		key, ok := p.take(name)
-		if !ok {
-			return false
-		}
-		if p.in[key.from] != '{' {
-			p.wrongType(name, "an object")
+// place is the object that a pass is in.
+type place uint8
+
+const (
+	atTop place = iota
+	inData
+	inProducer
+	inSource
+)
+
+var placeNames = [...]string{inData: "data", inProducer: "producer", inSource: "source"} //nolint:gochecknoglobals // a table that nothing writes
+
+// path is a field's name in a sentence. Fields of data are called by their own name alone.
+func (p *pass) path(name string) string {
+	if p.at == atTop || p.at == inData {
+		return name
+	}
+	return placeNames[p.at] + "." + name
+}
+
+// begin goes into the message v where it is there; the caller goes over its fields and calls end.
+func begin[M any](p *pass, at place, v **M) bool {
+	if p.op == opRead {
+		if !p.enter(at) {
 			return false
 		}
 		*v = new(M)
-		p.enter(key)
-		p.at = name + "."
-	case opCheck:
-		if *v == nil {
-			return false
-		}
-		p.at = name + "."
+		return true
 	}
+	if *v == nil {
+		return false
+	}
+	if p.op == opWrite {
+		p.open(placeNames[at])
+	}
+	p.at = at
 	return true
 }
 
-func (p *pass) end(name string) {
+func (p *pass) end() {
 	switch p.op {
 	case opWrite:
 		p.close()
 	case opRead:
-		p.leave(name)
+		p.leave()
 	}
-	p.at = ""
+	p.at = atTop
 }
 
 // open, close, key and base64 are the writer's.
@@ -573,14 +585,14 @@ func (p *pass) refuse(format string, args ...any) {
 	}
 }
 
-func (p *pass) missing(name string) { p.refuse("Missing required field '%s%s'", p.at, name) }
+func (p *pass) missing(name string) { p.refuse("Missing required field '%s'", p.path(name)) }
 
 func (p *pass) wrongType(name, what string) {
-	p.refuse("Field '%s%s' must be %s.", p.at, name, what)
+	p.refuse("Field '%s' must be %s.", p.path(name), what)
 }
 
 func (p *pass) loneSurrogate(name string) {
-	p.refuse("Field '%s%s' holds half of a surrogate pair, which is no character.", p.at, name)
+	p.refuse("Field '%s' holds half of a surrogate pair, which is no character.", p.path(name))
 }
 
 // grows counts bytes that an encoded envelope has, with the most that a tag and a length take before them.

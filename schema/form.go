@@ -1,7 +1,7 @@
 package schema
 
-// This file is the one description of an envelope's fields: their names in the JSON form, their order and their rules. A [pass] goes over it in three ways, to write
-// the JSON form, to read it, and to validate, so that the three cannot disagree. PROTOCOL.md says the same for people.
+// This file is the one description of an envelope's fields: their names in the JSON form, their order and their rules. A [pass] goes over it in three ways,
+// to write the JSON form, to read it, and to validate, so that the three cannot disagree. PROTOCOL.md says the same for people.
 
 // rule is what a field must satisfy, and how it is written.
 type rule uint8
@@ -28,14 +28,13 @@ const (
 	opCheck
 )
 
-// pass goes over the fields of an envelope. It is one struct for all three ways, not an interface: the writer runs for every token, and a call through an interface would put
-// it on the heap.
+// pass goes over the fields of an envelope. It is one struct for all three ways, not an interface: the writer runs for every token, and a call through an
+// interface would put it on the heap.
 type pass struct {
 	op op
 	// err is the first thing found wrong, when reading and checking.
 	err *Refusal
-	// at stands before a field's name in a sentence: "producer." in the producer, empty elsewhere.
-	at string
+	at  place
 	// exact: white space around free-form values is part of them. Found out by the writer, told to the reader.
 	exact bool
 
@@ -44,11 +43,9 @@ type pass struct {
 	// more: a field was written in this object, so that a comma comes before the next.
 	more bool
 
-	// The reader's: the message, the keys of the object that is being read, and those of the message meanwhile. room backs the keys of inner objects, one after the other, so that
-	// reading puts nothing on the heap for them.
-	in        []byte
-	keys, top []jsonKey
-	room      []jsonKey
+	// The reader's: the message, and the keys of it and of the inner object that is being read.
+	in   []byte
+	keys [2]keyList
 
 	// The checker's: the size of what has no fixed size, at most.
 	size int
@@ -177,7 +174,7 @@ func (p *pass) payload(e *Envelope) {
 }
 
 func (p *pass) producer(v **Producer) {
-	if !begin(p, "producer", v) {
+	if !begin(p, inProducer, v) {
 		return
 	}
 	m := *v
@@ -188,12 +185,12 @@ func (p *pass) producer(v **Producer) {
 	if p.op == opCheck && m.Seq == 0 {
 		p.missing("seq")
 	}
-	p.end("producer")
+	p.end()
 }
 
 // The source is the server's word, and that server may be newer than this one: its role is not checked.
 func (p *pass) source(v **Source) {
-	if !begin(p, "source", v) {
+	if !begin(p, inSource, v) {
 		return
 	}
 	m := *v
@@ -202,7 +199,7 @@ func (p *pass) source(v **Source) {
 		enum(p, "role", &m.Role, roleWords[:], 0)
 	}
 	p.unknown(&m.unknownFields, m)
-	p.end("source")
+	p.end()
 }
 
 // newPayload returns an empty payload of a known kind.

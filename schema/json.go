@@ -3,7 +3,8 @@ package schema
 import (
 	"bytes"
 	"encoding/base64"
-	"strconv"
+	"math"
+	"math/bits"
 	"unicode/utf8"
 )
 
@@ -11,31 +12,34 @@ import (
 //
 //	{"type":"token","timestamp":"2025-11-04T10:00:15.25Z","seq":7,"id":"01JBV…","data":{"message_id":"m1","text":"Hi"}}
 //
-// It is lossless in both directions, for every type and every field; form.go is the list. Beside the five keys an envelope may have first_seq, request_id, reply_to,
-// producer {id, epoch, seq} and source {subject, role}. What is absent or empty is left out. These rules are not obvious:
+// It is lossless in both directions, for every type and every field; form.go is the list. Beside the five keys an envelope may have first_seq, request_id,
+// reply_to, producer {id, epoch, seq} and source {subject, role}. What is absent or empty is left out. These rules are not obvious:
 //
-//   - Free-form fields (…_json in protobuf) stand as the JSON they are, under the name without _json, byte for byte: order of keys, large integers, white space and line breaks
-//     inside. White space around such a value is not part of it, unless the envelope says "exact":true, which the writer does where it is.
-//   - A custom envelope's data has type, content_type, and the bytes: under "json" as they are where the content type says JSON and they are JSON, else under "data" in base64.
-//   - Fields that this version does not know stand under "unknown", at the level they belong to, as the base64 of their protobuf encoding. Where that is the payload, the type
-//     is "unknown" and data is empty. A number of an enum without a word stands as the number.
-//   - Where the reader does not know a key, or meets one twice, it refuses; inside free-form values all keys are the application's. null is as if the key were absent, except where
-//     any JSON may stand (response, input, arguments, result, json). Numbers of 64 bits are JSON numbers, whole, and not limited to 2⁵³.
+//   - Free-form fields (…_json in protobuf) stand as the JSON they are, under the name without _json, byte for byte: order of keys, large integers, white
+//     space and line breaks inside. White space around such a value is not part of it, unless the envelope says "exact":true, which the writer does where
+//     it is.
+//   - A custom envelope's data has type, content_type, and the bytes: under "json" as they are where the content type says JSON and they are JSON, else
+//     under "data" in base64.
+//   - Fields that this version does not know stand under "unknown", at the level they belong to, as the base64 of their protobuf encoding. Where that is
+//     the payload, the type is "unknown" and data is empty. A number of an enum without a word stands as the number.
+//   - Where the reader does not know a key, or meets one twice, it refuses; inside free-form values all keys are the application's. null is as if the key
+//     were absent, except where any JSON may stand (response, input, arguments, result, json). Numbers of 64 bits are JSON numbers, whole, and not limited
+//     to 2⁵³.
 //   - Half of a surrogate pair ("\ud83d" alone) is refused in a string: it has no UTF-8 form.
-
-// jsonKey is one key of an object being read, and where its value stands: outer with the white space around it.
-type jsonKey struct {
-	name               []byte
-	from, to           int
-	outerFrom, outerTo int
-	taken              bool
-}
 
 // maxJSONKeys is more keys than any object of the form has: of that many distinct ones at least one is unknown.
 const maxJSONKeys = 16
 
-// AppendJSON appends the JSON form of e, without a line break behind it. e must satisfy [Envelope.Validate]; of another one the free-form fields may spoil the JSON. It does
-// not change e and may be called concurrently.
+// keyList is the keys of an object that is being read. It holds its members itself and not in a slice: a slice in a [pass] would be on the heap.
+type keyList struct {
+	list [maxJSONKeys]member
+	n    int
+	// A bit for each: a field asked for it; it has escapes in it.
+	taken, escaped uint32
+}
+
+// AppendJSON appends the JSON form of e, without a line break behind it. e must satisfy [Envelope.Validate]; of another one the free-form fields may spoil
+// the JSON. It does not change e and may be called concurrently.
 func AppendJSON(dst []byte, e *Envelope) []byte {
 	p := pass{op: opWrite, out: dst, more: true}
 	p.out = append(p.out, `{"type":"`...)
@@ -52,24 +56,28 @@ func AppendJSON(dst []byte, e *Envelope) []byte {
 	return append(p.out, '}')
 }
 
-// ParseJSON reads the JSON form of an envelope. What [AppendJSON] wrote comes back equal. The error is a [*Refusal] with a sentence that names the key or the byte: with
-// [Code_CODE_UNKNOWN_TYPE] where the type is not known, with [Code_CODE_INVALID_MESSAGE] otherwise. The envelope is of the right shape; [Envelope.Validate] checks its content.
-// It keeps nothing of b and may be called concurrently.
+// ParseJSON reads the JSON form of an envelope. What [AppendJSON] wrote comes back equal. The error is a [*Refusal] with a sentence that names the key or
+// the byte: with [Code_CODE_UNKNOWN_TYPE] where the type is not known, with [Code_CODE_INVALID_MESSAGE] otherwise. The envelope is of the right shape;
+// [Envelope.Validate] checks its content. It keeps nothing of b and may be called concurrently.
 func ParseJSON(b []byte) (*Envelope, error) {
+	if len(b) > math.MaxInt32 {
+		return nil, Refuse(Code_CODE_TOO_LARGE, "The message has %d bytes.", len(b))
+	}
 	if !utf8.Valid(b) {
 		return nil, Refuse(Code_CODE_INVALID_MESSAGE, "The message is not valid UTF-8 at byte %d.", firstInvalid(b))
 	}
-	if at, wrong := checkJSON(b, MaxJSONDepth+envelopeDepth); wrong != "" {
-		return nil, Refuse(Code_CODE_INVALID_MESSAGE, "The message is not valid JSON: at byte %d, %s.", at, wrong)
-	}
 	from := skipSpace(b, 0)
-	if b[from] != '{' {
+	if from == len(b) || b[from] != '{' {
 		return nil, Refuse(Code_CODE_INVALID_MESSAGE, "The message is not a JSON object.")
 	}
-
-	var topRoom, innerRoom [maxJSONKeys]jsonKey
 	p := pass{op: opRead, in: b}
-	p.keys, p.room = p.collect(topRoom[:0], from), innerRoom[:0]
+	end, wrong := p.collect(from, MaxJSONDepth+envelopeDepth)
+	if end = skipSpace(b, end); wrong == "" && end < len(b) {
+		wrong = "something follows the end of the object"
+	}
+	if wrong != "" {
+		return nil, Refuse(Code_CODE_INVALID_MESSAGE, "The message is not valid JSON: at byte %d, %s.", end, wrong)
+	}
 	kind, err := p.takeType()
 	if err != nil {
 		return nil, err
@@ -78,19 +86,13 @@ func ParseJSON(b []byte) (*Envelope, error) {
 	e := &Envelope{Payload: newPayload(kind)}
 	p.envelope(e)
 	p.unknown(&e.unknownFields, e)
-	data, ok := p.take("data")
-	switch {
-	case !ok && kind == 0:
-	case !ok:
-		p.missing("data")
-	case b[data.from] != '{':
-		p.wrongType("data", "an object")
-	default:
-		p.enter(data)
+	if p.enter(inData) {
 		p.payload(e)
-		p.leave("data")
+		p.leave()
+	} else if kind != 0 {
+		p.missing("data")
 	}
-	p.nothingLeft("")
+	p.nothingLeft()
 	if p.err != nil {
 		return nil, p.err
 	}
@@ -99,100 +101,160 @@ func ParseJSON(b []byte) (*Envelope, error) {
 
 // takeType reads the type. 0 is the type "unknown".
 func (p *pass) takeType() (Kind, error) {
-	name, ok := p.takeString("type")
+	name, ok := p.takeText("type")
 	switch {
 	case p.err != nil:
 		return 0, p.err
 	case !ok:
 		p.missing("type")
 		return 0, p.err
-	case name == unknownType:
+	case string(name) == unknownType:
 		return 0, nil
 	}
-	return ParseType(name)
+	if k := parseType(string(name)); k != 0 {
+		return k, nil
+	}
+	return ParseType(string(name))
 }
 
-// collect lists the keys of the object that begins at i, which is valid JSON. Of too many it lists the first: one of those is unknown, and that is what is refused.
-func (p *pass) collect(keys []jsonKey, i int) []jsonKey {
-	b := p.in
-	i = skipSpace(b, i+1)
-	for b[i] != '}' && len(keys) < cap(keys) {
-		end, _ := skipString(b, i)
-		key := jsonKey{name: b[i+1 : end-1]}
-		if bytes.IndexByte(key.name, '\\') >= 0 {
-			// Half of a surrogate pair makes a name that no field has.
-			name, _ := unquote(b[i:end])
-			key.name = []byte(name)
+// collect lists the keys of the object that begins at i. Of too many it lists the first: one of those is unknown, and that is what is refused. It returns
+// the place behind the object, or where it is wrong.
+func (p *pass) collect(i, depth int) (end int, wrong string) {
+	keys := &p.keys[p.level()]
+	keys.n, keys.taken, keys.escaped = 0, 0, 0
+	i = skipSpace(p.in, i+1)
+	if i < len(p.in) && p.in[i] == '}' {
+		return i + 1, ""
+	}
+	for {
+		var m member
+		m, i, wrong = skipMember(p.in, i, depth)
+		if wrong != "" {
+			return i, wrong
 		}
-		key.outerFrom = skipSpace(b, end) + 1
-		key.from = skipSpace(b, key.outerFrom)
-		key.to, _ = skipValue(b, key.from, MaxJSONDepth+envelopeDepth)
-		key.outerTo = skipSpace(b, key.to)
-		for _, k := range keys {
-			if bytes.Equal(k.name, key.name) {
-				p.refuse("The key '%s' stands twice in one object.", clip(string(key.name)))
+		if keys.n < maxJSONKeys {
+			key := p.in[m.keyFrom:m.keyTo]
+			if bytes.IndexByte(key, '\\') >= 0 {
+				keys.escaped |= 1 << keys.n
+				key = p.unescapedKey(m)
 			}
+			if p.find(keys, string(key)) >= 0 {
+				p.refuse("The key '%s' stands twice in one object.", clip(string(key)))
+			}
+			keys.list[keys.n] = m
+			keys.n++
 		}
-		keys = append(keys, key)
-		i = key.outerTo
-		if b[i] == ',' {
-			i = skipSpace(b, i+1)
+		if p.in[i] == '}' {
+			return i + 1, ""
+		}
+		i = skipSpace(p.in, i+1)
+	}
+}
+
+// level is which of the two lists of keys is in use: the message's, or that of the inner object.
+func (p *pass) level() int {
+	if p.at == atTop {
+		return 0
+	}
+	return 1
+}
+
+// unescapedKey is a member's key. Half of a surrogate pair in it makes a key that no field has.
+func (p *pass) unescapedKey(m member) []byte {
+	key, _ := unquote(p.in[m.keyFrom-1 : m.keyTo+1])
+	return key
+}
+
+// find returns the index of a key, -1 where it is not there.
+func (p *pass) find(keys *keyList, name string) int {
+	for i := range keys.n {
+		m := &keys.list[i]
+		if int(m.keyTo-m.keyFrom) == len(name) && string(p.in[m.keyFrom:m.keyTo]) == name {
+			return i
 		}
 	}
-	return keys
+	for i := range bits.Len32(keys.escaped) {
+		if keys.escaped&(1<<i) != 0 && string(p.unescapedKey(keys.list[i])) == name {
+			return i
+		}
+	}
+	return -1
 }
 
-// enter begins to read an inner object, leave goes back to the message. Inner objects do not nest.
-func (p *pass) enter(object jsonKey) {
-	p.top, p.keys = p.keys, p.collect(p.room, object.from)
+// enter begins to read an inner object where it is there; leave goes back to the message. Inner objects do not nest.
+func (p *pass) enter(at place) bool {
+	key, ok := p.take(placeNames[at])
+	if !ok {
+		return false
+	}
+	if p.in[key.from] != '{' {
+		p.wrongType(placeNames[at], "an object")
+		return false
+	}
+	p.at = at
+	p.collect(int(key.from), MaxJSONDepth+envelopeDepth)
+	return true
 }
 
-func (p *pass) leave(name string) {
-	p.nothingLeft(" in '" + name + "'")
-	p.keys = p.top
+func (p *pass) leave() {
+	p.nothingLeft()
+	p.at = atTop
 }
 
 // nothingLeft refuses a key that no field asked for.
-func (p *pass) nothingLeft(where string) {
-	for _, key := range p.keys {
-		if !key.taken {
-			p.refuse("Unknown field '%s'%s.", clip(string(key.name)), where)
-			return
+func (p *pass) nothingLeft() {
+	keys := &p.keys[p.level()]
+	for i, m := range keys.list[:keys.n] {
+		if keys.taken&(1<<i) != 0 {
+			continue
 		}
+		name := clip(string(p.unescapedKey(m)))
+		if p.at == atTop {
+			p.refuse("Unknown field '%s'.", name)
+		} else {
+			p.refuse("Unknown field '%s' in '%s'.", name, placeNames[p.at])
+		}
+		return
 	}
 }
 
 // takeAny returns where the value of a key stands.
-func (p *pass) takeAny(name string) (jsonKey, bool) {
-	for i := range p.keys {
-		if key := &p.keys[i]; string(key.name) == name {
-			key.taken = true
-			return *key, true
-		}
+func (p *pass) takeAny(name string) (member, bool) {
+	keys := &p.keys[p.level()]
+	i := p.find(keys, name)
+	if i < 0 {
+		return member{}, false
 	}
-	return jsonKey{}, false
+	keys.taken |= 1 << i
+	return keys.list[i], true
 }
 
 // take is takeAny for a field where null means absent.
-func (p *pass) take(name string) (jsonKey, bool) {
+func (p *pass) take(name string) (member, bool) {
 	key, ok := p.takeAny(name)
 	return key, ok && p.in[key.from] != 'n'
 }
 
 func (p *pass) takeString(name string) (string, bool) {
+	b, ok := p.takeText(name)
+	return string(b), ok
+}
+
+// takeText is takeString without a copy where there is nothing to unescape: the bytes are the message's.
+func (p *pass) takeText(name string) ([]byte, bool) {
 	key, ok := p.take(name)
 	if !ok {
-		return "", false
+		return nil, false
 	}
 	if p.in[key.from] != '"' {
 		p.wrongType(name, "a string")
-		return "", false
+		return nil, false
 	}
-	s, ok := unquote(p.in[key.from:key.to])
+	text, ok := unquote(p.in[key.from:key.to])
 	if !ok {
 		p.loneSurrogate(name)
 	}
-	return s, ok
+	return text, ok
 }
 
 func (p *pass) takeBool(name string) (value, ok bool) {
@@ -208,25 +270,30 @@ func (p *pass) takeBool(name string) (value, ok bool) {
 	return c == 't', true
 }
 
-func (p *pass) takeWhole(name string) (uint64, bool) {
+func (p *pass) takeWhole(name string) (n uint64, ok bool) {
 	key, ok := p.take(name)
 	if !ok {
 		return 0, false
 	}
-	n, err := strconv.ParseUint(string(p.in[key.from:key.to]), 10, 64)
-	if err != nil {
-		p.wrongType(name, "a whole number from 0 to 18446744073709551615, written without a point or an exponent")
+	for _, c := range p.in[key.from:key.to] {
+		high, low := bits.Mul64(n, 10)
+		sum, carry := bits.Add64(low, uint64(c-'0'), 0)
+		if !isDigit(c) || high+carry != 0 {
+			p.wrongType(name, "a whole number from 0 to 18446744073709551615, written without a point or an exponent")
+			return 0, false
+		}
+		n = sum
 	}
-	return n, err == nil
+	return n, true
 }
 
 // takeBytes takes base64 with padding.
 func (p *pass) takeBytes(name string) ([]byte, bool) {
-	s, ok := p.takeString(name)
+	text, ok := p.takeText(name)
 	if !ok {
 		return nil, false
 	}
-	b, err := base64.StdEncoding.DecodeString(s)
+	b, err := base64.StdEncoding.AppendDecode(nil, text)
 	if err != nil {
 		p.wrongType(name, "bytes in base64, with padding")
 	}

@@ -6,8 +6,8 @@ import (
 	"unicode/utf8"
 )
 
-// The text level of JSON (RFC 8259). encoding/json answers whether a text is valid but not where a value ends, and its decoder loses what we promise to keep: white
-// space, large integers, the order of keys. FuzzSkipValue compares this scanner with json.Valid.
+// The text level of JSON (RFC 8259). encoding/json answers whether a text is valid but not where a value ends, and its decoder loses what we promise to
+// keep: white space, large integers, the order of keys. FuzzSkipValue compares this scanner with json.Valid.
 
 // MaxJSONDepth bounds how deep arrays and objects may be nested in a free-form field. Readers in other languages recurse, and some give up at a few hundred.
 const MaxJSONDepth = 128
@@ -28,8 +28,8 @@ func skipSpace[T string | []byte](b T, i int) int {
 
 func isSpace(c byte) bool { return c == ' ' || c == '\t' || c == '\n' || c == '\r' }
 
-// skipValue returns the place behind the value that begins at i. Where there is no valid value, or one nested deeper than depth, wrong says what is wrong at the place returned.
-// It does not check UTF-8.
+// skipValue returns the place behind the value that begins at i. Where there is no valid value, or one nested deeper than depth, wrong says what is wrong
+// at the place returned. It does not check UTF-8.
 func skipValue[T string | []byte](b T, i, depth int) (end int, wrong string) {
 	if i >= len(b) {
 		return i, "the text ends where a value should begin"
@@ -62,29 +62,52 @@ func skipObject[T string | []byte](b T, i, depth int) (end int, wrong string) {
 		return i + 1, ""
 	}
 	for {
-		if i >= len(b) || b[i] != '"' {
-			return i, "a key in quotes should stand here"
-		}
-		if i, wrong = skipString(b, i); wrong != "" {
-			return i, wrong
-		}
-		i = skipSpace(b, i)
-		if i >= len(b) || b[i] != ':' {
-			return i, "a ':' should stand here"
-		}
-		if i, wrong = skipValue(b, skipSpace(b, i+1), depth-1); wrong != "" {
-			return i, wrong
-		}
-		i = skipSpace(b, i)
+		_, i, wrong = skipMember(b, i, depth)
 		switch {
-		case i < len(b) && b[i] == '}':
+		case wrong != "":
+			return i, wrong
+		case b[i] == '}':
 			return i + 1, ""
-		case i < len(b) && b[i] == ',':
-			i = skipSpace(b, i+1)
-		default:
-			return i, "a ',' or '}' should stand here"
 		}
+		i = skipSpace(b, i+1)
 	}
+}
+
+// member is where a key and its value stand in a text: the key without its quotes, the value without and with the white space around it.
+type member struct {
+	keyFrom, keyTo     int32
+	from, to           int32
+	outerFrom, outerTo int32
+}
+
+// skipMember reads one key and value of an object, up to the ',' or '}' behind it, which stands at end. Where something is wrong, it is wrong there. The
+// members' places are right in texts of up to 2 GiB.
+func skipMember[T string | []byte](b T, i, depth int) (m member, end int, wrong string) {
+	if i >= len(b) || b[i] != '"' {
+		return m, i, "a key in quotes should stand here"
+	}
+	m.keyFrom = int32(i + 1)
+	if i, wrong = skipString(b, i); wrong != "" {
+		return m, i, wrong
+	}
+	m.keyTo = int32(i - 1)
+	i = skipSpace(b, i)
+	if i >= len(b) || b[i] != ':' {
+		return m, i, "a ':' should stand here"
+	}
+	m.outerFrom = int32(i + 1)
+	i = skipSpace(b, i+1)
+	m.from = int32(i)
+	if i, wrong = skipValue(b, i, depth-1); wrong != "" {
+		return m, i, wrong
+	}
+	m.to = int32(i)
+	i = skipSpace(b, i)
+	m.outerTo = int32(i)
+	if i >= len(b) || b[i] != ',' && b[i] != '}' {
+		return m, i, "a ',' or '}' should stand here"
+	}
+	return m, i, ""
 }
 
 func skipArray[T string | []byte](b T, i, depth int) (end int, wrong string) {
@@ -117,11 +140,12 @@ var tooDeep = "arrays and objects are nested deeper than " + strconv.Itoa(MaxJSO
 func skipString[T string | []byte](b T, i int) (end int, wrong string) {
 	for i++; i < len(b); i++ {
 		switch c := b[i]; {
+		case c >= ' ' && c != '"' && c != '\\':
 		case c == '"':
 			return i + 1, ""
 		case c < ' ':
 			return i, "a control character must be escaped in a string"
-		case c == '\\':
+		default:
 			i++
 			if i >= len(b) {
 				return i, endInString
@@ -220,15 +244,16 @@ func checkJSON[T string | []byte](text T, depth int) (at int, wrong string) {
 	return at, ""
 }
 
-// unquote decodes a string that [skipString] accepted, quotes included. A lone surrogate has no UTF-8 form; replacing it would change the text in silence, so ok is false.
-func unquote(quoted []byte) (text string, ok bool) {
+// unquote decodes a string that [skipString] accepted, quotes included; where there is nothing to unescape the text is a part of quoted. A lone surrogate
+// has no UTF-8 form; replacing it would change the text in silence, so ok is false.
+func unquote(quoted []byte) (text []byte, ok bool) {
 	body := quoted[1 : len(quoted)-1]
 	plain := 0
 	for plain < len(body) && body[plain] != '\\' {
 		plain++
 	}
 	if plain == len(body) {
-		return string(body), true
+		return body, true
 	}
 	out := append(make([]byte, 0, len(body)), body[:plain]...)
 	for i := plain; i < len(body); {
@@ -254,7 +279,7 @@ func unquote(quoted []byte) (text string, ok bool) {
 			if utf16.IsSurrogate(r) {
 				r = utf16.DecodeRune(r, unescapeUnit(body[i+6:]))
 				if r == utf8.RuneError {
-					return "", false
+					return nil, false
 				}
 				i += 6
 			}
@@ -266,7 +291,7 @@ func unquote(quoted []byte) (text string, ok bool) {
 		}
 		i += 2
 	}
-	return string(out), true
+	return out, true
 }
 
 // unescapeUnit reads the UTF-16 code unit that an escape at the beginning of b stands for; -1 where there is no such escape.
@@ -277,8 +302,8 @@ func unescapeUnit(b []byte) rune {
 	return rune(unhex(b[2])<<12 | unhex(b[3])<<8 | unhex(b[4])<<4 | unhex(b[5]))
 }
 
-// appendQuoted appends text as a JSON string. Only what must be escaped is. Bytes that are not UTF-8, which no validated envelope has, become U+FFFD, so that what comes out
-// is JSON whatever went in.
+// appendQuoted appends text as a JSON string. Only what must be escaped is. Bytes that are not UTF-8, which no validated envelope has, become U+FFFD, so
+// that what comes out is JSON whatever went in.
 func appendQuoted(dst []byte, text string) []byte {
 	dst = append(dst, '"')
 	from := 0

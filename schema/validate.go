@@ -8,9 +8,9 @@ import (
 )
 
 // Validate checks all that an envelope must satisfy by itself: a payload that is known, required fields, sizes, the id, the time, words, JSON, and at most
-// [MaxEnvelopeBytes] altogether. What it accepted needs no second look, encodes without an error, and comes back equal from its JSON form and from its encoded one. The
-// fields that the server assigns (seq, source, first_seq) may be set or not; an edge sets them itself, whatever the sender wrote. The error is a [*Refusal] whose sentence names
-// the field as the JSON form does. It does not change e and may be called concurrently.
+// [MaxEnvelopeBytes] altogether. What it accepted needs no second look, encodes without an error, and comes back equal from its JSON form and from its
+// encoded one. The fields that the server assigns (seq, source, first_seq) may be set or not; an edge sets them itself, whatever the sender wrote. The
+// error is a [*Refusal] whose sentence names the field as the JSON form does. It does not change e and may be called concurrently.
 func (e *Envelope) Validate() error {
 	if err := e.checkKind(); err != nil {
 		return err
@@ -32,8 +32,8 @@ func (e *Envelope) Validate() error {
 	return nil
 }
 
-// checkKind refuses an envelope without a payload that is known, and one that has another beside it: a later version would take that for the payload, and nobody would have
-// checked it.
+// checkKind refuses an envelope without a payload that is known, and one that has another beside it: a later version would take that for the payload, and
+// nobody would have checked it.
 func (e *Envelope) checkKind() error {
 	for b := e.unknownFields; len(b) > 0; {
 		num, _, n := protowire.ConsumeField(b)
@@ -51,8 +51,8 @@ func (e *Envelope) checkKind() error {
 	return nil
 }
 
-// Validate checks a publish: the session's name or an attachment instead of it, 1 to [MaxPublishEnvelopes] envelopes, and each of them. The first envelope that is wrong refuses
-// all, and the sentence says which it is.
+// Validate checks a publish: the session's name or an attachment instead of it, 1 to [MaxPublishEnvelopes] envelopes, and each of them. The first envelope
+// that is wrong refuses all, and the sentence says which it is.
 func (p *Publish) Validate() error {
 	switch {
 	case p.Session != "" && p.Channel != 0:
