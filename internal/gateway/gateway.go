@@ -1,0 +1,134 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"tidemark/broker"
+	"tidemark/internal/auth"
+	"tidemark/schema"
+)
+
+// Defaults of [Config].
+const (
+	// DefaultHelloTimeout is long enough for a phone on a bad link to send its first frame.
+	DefaultHelloTimeout = 10 * time.Second
+	// DefaultWriteTimeout is how long a peer may take nothing before it counts as stuck: a tunnel, or a laptop that sleeps, comes back sooner or has to connect anew anyhow.
+	DefaultWriteTimeout = 30 * time.Second
+	// DefaultCloseTimeout is how long a connection that ends waits for the appends in flight.
+	DefaultCloseTimeout = 5 * time.Second
+	// DefaultDrainGrace gives clients the time to attach elsewhere before their connections are closed.
+	DefaultDrainGrace = time.Second
+	// DefaultMaxConnections is below what a process may usually have open.
+	DefaultMaxConnections = 50_000
+	// DefaultMaxInFlight bounds the publishes of one connection that are not answered yet. One appender takes about 4,096 envelopes in one frame: this is a few frames' worth.
+	DefaultMaxInFlight = 16 << 10
+	// DefaultMaxInFlightBytes bounds their bytes.
+	DefaultMaxInFlightBytes = 4 << 20
+)
+
+// Config says how a gateway serves.
+type Config struct {
+	// Log is where envelopes go and come from. Required.
+	Log broker.Log
+	// Verify says who the bearer of a token is, for hello. Required. The error is a [*schema.Refusal].
+	Verify func(token string) (*auth.Principal, error)
+	// Version of the server, for the welcome. Optional.
+	Version string
+
+	// HelloTimeout is how long a connection without a token may take to send hello. Default [DefaultHelloTimeout].
+	HelloTimeout time.Duration
+	// WriteTimeout is how long one write may take before the peer counts as dead (peer_dead). Default [DefaultWriteTimeout].
+	WriteTimeout time.Duration
+	// CloseTimeout is how long a connection that ends waits for its appends in flight to be answered. Default [DefaultCloseTimeout].
+	CloseTimeout time.Duration
+	// DrainGrace is how long a draining gateway goes on serving after going_away. Default [DefaultDrainGrace]; negative for none.
+	DrainGrace time.Duration
+
+	// MaxConnections at once. Default [DefaultMaxConnections].
+	MaxConnections int
+	// MaxInFlight and MaxInFlightBytes bound the publishes of one connection that are not answered yet; beyond that nothing more is read from it. Defaults [DefaultMaxInFlight] and
+	// [DefaultMaxInFlightBytes].
+	MaxInFlight      int
+	MaxInFlightBytes int
+
+	// Logger gets what happens to connections, never what they carry. Default: discarded.
+	Logger *slog.Logger
+	// Metrics is where the gateway's metrics are registered; nil for nowhere.
+	Metrics prometheus.Registerer
+}
+
+func (c *Config) validate() error {
+	if c.Log == nil || c.Verify == nil {
+		return errors.New("gateway: Config needs Log and Verify")
+	}
+	defaultTo(&c.HelloTimeout, DefaultHelloTimeout)
+	defaultTo(&c.WriteTimeout, DefaultWriteTimeout)
+	defaultTo(&c.CloseTimeout, DefaultCloseTimeout)
+	defaultTo(&c.DrainGrace, DefaultDrainGrace)
+	defaultTo(&c.MaxConnections, DefaultMaxConnections)
+	defaultTo(&c.MaxInFlight, DefaultMaxInFlight)
+	defaultTo(&c.MaxInFlightBytes, DefaultMaxInFlightBytes)
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+func defaultTo[T comparable](v *T, d T) {
+	var zero T
+	if *v == zero {
+		*v = d
+	}
+}
+
+// Gateway serves connections. All methods may be called concurrently.
+type Gateway struct {
+	cfg Config
+
+	mu       sync.Mutex
+	draining bool
+}
+
+// New checks the configuration and makes a gateway of it. It starts nothing.
+func New(cfg Config) (*Gateway, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	return &Gateway{cfg: cfg}, nil
+}
+
+// Serve runs one connection until it is over, and returns when everything it started has ended and the transport is closed. Nil is a clean end: the peer closed in good order, or had no
+// more to say. Otherwise the error says why it ended: a [*schema.Refusal], or the transport's.
+//
+// When ctx ends, the connection is cut with going_away.
+func (g *Gateway) Serve(ctx context.Context, p Peer) error {
+	r := schema.Refuse(schema.Code_CODE_UNAVAILABLE, "This edge serves no connections yet.")
+	p.Transport.Close(r.Code, r.Message)
+	return r
+}
+
+// Drain ends all connections without losing anything, and refuses new ones: it says going_away, goes on serving for [Config.DrainGrace], stops reading, waits until the appends in flight
+// are answered ([Config.CloseTimeout]), closes. It returns early when no connection is left, and cuts what is left when ctx ends; the error says how many.
+func (g *Gateway) Drain(ctx context.Context, reason string) error {
+	return nil
+}
+
+// Ready is nil while the gateway takes connections and its log is ready, otherwise a refusal that says why not: for readiness checks.
+func (g *Gateway) Ready() error {
+	g.mu.Lock()
+	draining := g.draining
+	g.mu.Unlock()
+	if draining {
+		return schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge is going away; connect to another.")
+	}
+	if s := g.cfg.Log.Status(); !s.Ready {
+		return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "%s", s.Reason)
+	}
+	return nil
+}
