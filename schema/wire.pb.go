@@ -1499,7 +1499,9 @@ type Events struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Channel uint32                 `protobuf:"varint,1,opt,name=channel,proto3" json:"channel,omitempty"`
 	// The cursor after this frame. At least the last envelope's seq; more where envelopes were filtered out.
-	ThroughSeq    uint64      `protobuf:"varint,2,opt,name=through_seq,json=throughSeq,proto3" json:"through_seq,omitempty"`
+	ThroughSeq uint64 `protobuf:"varint,2,opt,name=through_seq,json=throughSeq,proto3" json:"through_seq,omitempty"`
+	// The session's history. Only in the first Events of an attachment whose Attached had none, because the session was empty.
+	Epoch         string      `protobuf:"bytes,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	Envelopes     []*Envelope `protobuf:"bytes,15,rep,name=envelopes,proto3" json:"envelopes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1547,6 +1549,13 @@ func (x *Events) GetThroughSeq() uint64 {
 		return x.ThroughSeq
 	}
 	return 0
+}
+
+func (x *Events) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
 }
 
 func (x *Events) GetEnvelopes() []*Envelope {
@@ -2014,11 +2023,12 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\bexpected\x18\x05 \x01(\x04H\x01R\bexpected\x88\x01\x01\x12\x1c\n" +
 	"\tretryable\x18\x06 \x01(\bR\tretryableB\v\n" +
 	"\t_head_seqB\v\n" +
-	"\t_expected\"x\n" +
+	"\t_expected\"\x8e\x01\n" +
 	"\x06Events\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\rR\achannel\x12\x1f\n" +
 	"\vthrough_seq\x18\x02 \x01(\x04R\n" +
-	"throughSeq\x123\n" +
+	"throughSeq\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\tR\x05epoch\x123\n" +
 	"\tenvelopes\x18\x0f \x03(\v2\x15.tidemark.v1.EnvelopeR\tenvelopes\"E\n" +
 	"\bCaughtUp\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\rR\achannel\x12\x1f\n" +
