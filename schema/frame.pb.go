@@ -197,15 +197,16 @@ type Page struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The history that the envelopes belong to.
 	Epoch string `protobuf:"bytes,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	// The seq of the first envelope in this part of the slot.
+	// The seq of the first envelope in this part of the slot. In the first part: of the slot, which begins later where retention took what was before.
 	FirstSeq uint64 `protobuf:"varint,2,opt,name=first_seq,json=firstSeq,proto3" json:"first_seq,omitempty"`
-	// How many envelopes this part holds.
+	// How many envelopes this part holds. In the first part: how many the slot holds.
 	Count uint32 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`
-	// The stream sequence, in the log, of the frame that holds the last envelope of the slot stored so far.
+	// The stream sequence, in the log, of the frame that holds the last envelope of this part, and in the first part of the slot, stored so far. Of two versions of a page the one with
+	// the larger number is the newer.
 	Through uint64 `protobuf:"varint,4,opt,name=through,proto3" json:"through,omitempty"`
 	// The session as it stood after the last envelope of the slot stored so far. In the first part only.
 	State *SessionState `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`
-	// How many parts the slot has; part 0 is stored last.
+	// How many parts the slot has; part 0 is stored last. Where there is more than one, part 0 holds no envelopes.
 	Parts uint32 `protobuf:"varint,6,opt,name=parts,proto3" json:"parts,omitempty"`
 	// The envelopes: the bytes of a Frame's field 15, compressed as `compression` says.
 	Envelopes   []byte      `protobuf:"bytes,7,opt,name=envelopes,proto3" json:"envelopes,omitempty"`
@@ -213,7 +214,10 @@ type Page struct {
 	// The size of envelopes before compression, in bytes.
 	RawSize uint32 `protobuf:"varint,9,opt,name=raw_size,json=rawSize,proto3" json:"raw_size,omitempty"`
 	// The history was deleted after this page was begun.
-	Deleted       bool `protobuf:"varint,10,opt,name=deleted,proto3" json:"deleted,omitempty"`
+	Deleted bool `protobuf:"varint,10,opt,name=deleted,proto3" json:"deleted,omitempty"`
+	// The frames that the slot's envelopes came in, oldest first, in the first part only. Three numbers for each: its stream sequence in the log, the seq of its first
+	// envelope (which may lie in the slot before), and its time in microseconds since 1970; each less the same number of the frame before.
+	Frames        []int64 `protobuf:"zigzag64,11,rep,packed,name=frames,proto3" json:"frames,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -316,6 +320,13 @@ func (x *Page) GetDeleted() bool {
 		return x.Deleted
 	}
 	return false
+}
+
+func (x *Page) GetFrames() []int64 {
+	if x != nil {
+		return x.Frames
+	}
+	return nil
 }
 
 // SessionState is what a session's envelopes fold into: all that is needed to decide whether the next may be appended.
@@ -589,10 +600,12 @@ type SessionRecord struct {
 	Kind    SessionKind            `protobuf:"varint,4,opt,name=kind,proto3,enum=tidemark.v1.SessionKind" json:"kind,omitempty"`
 	Status  Status                 `protobuf:"varint,5,opt,name=status,proto3,enum=tidemark.v1.Status" json:"status,omitempty"`
 	// The head when the record was written; the live head is the log's.
-	HeadSeq       uint64                 `protobuf:"varint,6,opt,name=head_seq,json=headSeq,proto3" json:"head_seq,omitempty"`
-	Created       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
-	Updated       *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=updated,proto3" json:"updated,omitempty"`
-	MetadataJson  string                 `protobuf:"bytes,9,opt,name=metadata_json,json=metadataJson,proto3" json:"metadata_json,omitempty"`
+	HeadSeq      uint64                 `protobuf:"varint,6,opt,name=head_seq,json=headSeq,proto3" json:"head_seq,omitempty"`
+	Created      *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
+	Updated      *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=updated,proto3" json:"updated,omitempty"`
+	MetadataJson string                 `protobuf:"bytes,9,opt,name=metadata_json,json=metadataJson,proto3" json:"metadata_json,omitempty"`
+	// The stream sequence, in the log, of the frame up to which it is folded. Of two versions of a record the one with the larger number is the newer.
+	Through       uint64 `protobuf:"varint,10,opt,name=through,proto3" json:"through,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -690,6 +703,68 @@ func (x *SessionRecord) GetMetadataJson() string {
 	return ""
 }
 
+func (x *SessionRecord) GetThrough() uint64 {
+	if x != nil {
+		return x.Through
+	}
+	return 0
+}
+
+// Projection is how far the projector of a log stream has come, and who it is: its checkpoint and its lease in one.
+type Projection struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Who holds it; empty after a clean end.
+	Holder string `protobuf:"bytes,1,opt,name=holder,proto3" json:"holder,omitempty"`
+	// Everything derived from the frames up to this stream sequence is stored.
+	Through       uint64 `protobuf:"varint,2,opt,name=through,proto3" json:"through,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Projection) Reset() {
+	*x = Projection{}
+	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Projection) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Projection) ProtoMessage() {}
+
+func (x *Projection) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Projection.ProtoReflect.Descriptor instead.
+func (*Projection) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Projection) GetHolder() string {
+	if x != nil {
+		return x.Holder
+	}
+	return ""
+}
+
+func (x *Projection) GetThrough() uint64 {
+	if x != nil {
+		return x.Through
+	}
+	return 0
+}
+
 // HandOver asks the edge that keeps winning the race for a session to append for the one that keeps losing it.
 type HandOver struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -706,7 +781,7 @@ type HandOver struct {
 
 func (x *HandOver) Reset() {
 	*x = HandOver{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -718,7 +793,7 @@ func (x *HandOver) String() string {
 func (*HandOver) ProtoMessage() {}
 
 func (x *HandOver) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -731,7 +806,7 @@ func (x *HandOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
 func (*HandOver) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{6}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *HandOver) GetTenant() string {
@@ -780,7 +855,7 @@ type HandOverRequest struct {
 
 func (x *HandOverRequest) Reset() {
 	*x = HandOverRequest{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +867,7 @@ func (x *HandOverRequest) String() string {
 func (*HandOverRequest) ProtoMessage() {}
 
 func (x *HandOverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +880,7 @@ func (x *HandOverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverRequest.ProtoReflect.Descriptor instead.
 func (*HandOverRequest) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{7}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *HandOverRequest) GetExpectedSeq() uint64 {
@@ -834,7 +909,7 @@ type HandOverReply struct {
 
 func (x *HandOverReply) Reset() {
 	*x = HandOverReply{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +921,7 @@ func (x *HandOverReply) String() string {
 func (*HandOverReply) ProtoMessage() {}
 
 func (x *HandOverReply) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -859,7 +934,7 @@ func (x *HandOverReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverReply.ProtoReflect.Descriptor instead.
 func (*HandOverReply) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{8}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HandOverReply) GetResults() []*HandOverResult {
@@ -883,18 +958,18 @@ type HandOverResult struct {
 	FirstSeq  uint64                 `protobuf:"varint,2,opt,name=first_seq,json=firstSeq,proto3" json:"first_seq,omitempty"`
 	LastSeq   uint64                 `protobuf:"varint,3,opt,name=last_seq,json=lastSeq,proto3" json:"last_seq,omitempty"`
 	Duplicate bool                   `protobuf:"varint,4,opt,name=duplicate,proto3" json:"duplicate,omitempty"`
-	// 0: stored. Otherwise the Code, and the head that the sentence speaks of.
-	Code                int32  `protobuf:"varint,5,opt,name=code,proto3" json:"code,omitempty"`
-	Detail              string `protobuf:"bytes,6,opt,name=detail,proto3" json:"detail,omitempty"`
-	HeadSeq             uint64 `protobuf:"varint,7,opt,name=head_seq,json=headSeq,proto3" json:"head_seq,omitempty"`
-	ExpectedProducerSeq uint64 `protobuf:"varint,8,opt,name=expected_producer_seq,json=expectedProducerSeq,proto3" json:"expected_producer_seq,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Unspecified: stored. Otherwise why not, and what the sentence speaks of.
+	Code          Code   `protobuf:"varint,5,opt,name=code,proto3,enum=tidemark.v1.Code" json:"code,omitempty"`
+	Detail        string `protobuf:"bytes,6,opt,name=detail,proto3" json:"detail,omitempty"`
+	HeadSeq       uint64 `protobuf:"varint,7,opt,name=head_seq,json=headSeq,proto3" json:"head_seq,omitempty"`
+	Expected      uint64 `protobuf:"varint,8,opt,name=expected,proto3" json:"expected,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HandOverResult) Reset() {
 	*x = HandOverResult{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +981,7 @@ func (x *HandOverResult) String() string {
 func (*HandOverResult) ProtoMessage() {}
 
 func (x *HandOverResult) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +994,7 @@ func (x *HandOverResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverResult.ProtoReflect.Descriptor instead.
 func (*HandOverResult) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{9}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *HandOverResult) GetEpoch() string {
@@ -950,11 +1025,11 @@ func (x *HandOverResult) GetDuplicate() bool {
 	return false
 }
 
-func (x *HandOverResult) GetCode() int32 {
+func (x *HandOverResult) GetCode() Code {
 	if x != nil {
 		return x.Code
 	}
-	return 0
+	return Code_CODE_UNSPECIFIED
 }
 
 func (x *HandOverResult) GetDetail() string {
@@ -971,9 +1046,9 @@ func (x *HandOverResult) GetHeadSeq() uint64 {
 	return 0
 }
 
-func (x *HandOverResult) GetExpectedProducerSeq() uint64 {
+func (x *HandOverResult) GetExpected() uint64 {
 	if x != nil {
-		return x.ExpectedProducerSeq
+		return x.Expected
 	}
 	return 0
 }
@@ -982,7 +1057,7 @@ var File_tidemark_v1_frame_proto protoreflect.FileDescriptor
 
 const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\n" +
-	"\x17tidemark/v1/frame.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidemark/v1/envelope.proto\"\x87\x02\n" +
+	"\x17tidemark/v1/frame.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidemark/v1/envelope.proto\x1a\x16tidemark/v1/wire.proto\"\x87\x02\n" +
 	"\x05Frame\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x12.\n" +
@@ -992,7 +1067,7 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\x04prev\x18\x06 \x01(\x04R\x04prev\x12\x14\n" +
 	"\x05count\x18\a \x01(\rR\x05count\x12\x18\n" +
 	"\adeleted\x18\b \x01(\bR\adeleted\x123\n" +
-	"\tenvelopes\x18\x0f \x03(\v2\x15.tidemark.v1.EnvelopeR\tenvelopes\"\xbf\x02\n" +
+	"\tenvelopes\x18\x0f \x03(\v2\x15.tidemark.v1.EnvelopeR\tenvelopes\"\xd7\x02\n" +
 	"\x04Page\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x12\x14\n" +
@@ -1004,7 +1079,8 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\vcompression\x18\b \x01(\x0e2\x18.tidemark.v1.CompressionR\vcompression\x12\x19\n" +
 	"\braw_size\x18\t \x01(\rR\arawSize\x12\x18\n" +
 	"\adeleted\x18\n" +
-	" \x01(\bR\adeleted\"\xba\x03\n" +
+	" \x01(\bR\adeleted\x12\x16\n" +
+	"\x06frames\x18\v \x03(\x12R\x06frames\"\xba\x03\n" +
 	"\fSessionState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x19\n" +
 	"\bhead_seq\x18\x02 \x01(\x04R\aheadSeq\x12\x1d\n" +
@@ -1028,7 +1104,7 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\vProducerRun\x12!\n" +
 	"\fproducer_seq\x18\x01 \x01(\x04R\vproducerSeq\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
-	"\x05count\x18\x03 \x01(\rR\x05count\"\xde\x02\n" +
+	"\x05count\x18\x03 \x01(\rR\x05count\"\xf8\x02\n" +
 	"\rSessionRecord\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12\x14\n" +
@@ -1038,7 +1114,13 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\bhead_seq\x18\x06 \x01(\x04R\aheadSeq\x124\n" +
 	"\acreated\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x124\n" +
 	"\aupdated\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\aupdated\x12#\n" +
-	"\rmetadata_json\x18\t \x01(\tR\fmetadataJson\"\xb0\x01\n" +
+	"\rmetadata_json\x18\t \x01(\tR\fmetadataJson\x12\x18\n" +
+	"\athrough\x18\n" +
+	" \x01(\x04R\athrough\">\n" +
+	"\n" +
+	"Projection\x12\x16\n" +
+	"\x06holder\x18\x01 \x01(\tR\x06holder\x12\x18\n" +
+	"\athrough\x18\x02 \x01(\x04R\athrough\"\xb0\x01\n" +
 	"\bHandOver\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12\x1d\n" +
@@ -1052,16 +1134,16 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\r_expected_seq\"`\n" +
 	"\rHandOverReply\x125\n" +
 	"\aresults\x18\x01 \x03(\v2\x1b.tidemark.v1.HandOverResultR\aresults\x12\x18\n" +
-	"\arefused\x18\x02 \x01(\tR\arefused\"\xf7\x01\n" +
+	"\arefused\x18\x02 \x01(\tR\arefused\"\xf2\x01\n" +
 	"\x0eHandOverResult\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x12\x19\n" +
 	"\blast_seq\x18\x03 \x01(\x04R\alastSeq\x12\x1c\n" +
-	"\tduplicate\x18\x04 \x01(\bR\tduplicate\x12\x12\n" +
-	"\x04code\x18\x05 \x01(\x05R\x04code\x12\x16\n" +
+	"\tduplicate\x18\x04 \x01(\bR\tduplicate\x12%\n" +
+	"\x04code\x18\x05 \x01(\x0e2\x11.tidemark.v1.CodeR\x04code\x12\x16\n" +
 	"\x06detail\x18\x06 \x01(\tR\x06detail\x12\x19\n" +
-	"\bhead_seq\x18\a \x01(\x04R\aheadSeq\x122\n" +
-	"\x15expected_producer_seq\x18\b \x01(\x04R\x13expectedProducerSeq*T\n" +
+	"\bhead_seq\x18\a \x01(\x04R\aheadSeq\x12\x1a\n" +
+	"\bexpected\x18\b \x01(\x04R\bexpected*T\n" +
 	"\vCompression\x12\x1b\n" +
 	"\x17COMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10COMPRESSION_NONE\x10\x01\x12\x12\n" +
@@ -1080,7 +1162,7 @@ func file_tidemark_v1_frame_proto_rawDescGZIP() []byte {
 }
 
 var file_tidemark_v1_frame_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_tidemark_v1_frame_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_tidemark_v1_frame_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_tidemark_v1_frame_proto_goTypes = []any{
 	(Compression)(0),              // 0: tidemark.v1.Compression
 	(*Frame)(nil),                 // 1: tidemark.v1.Frame
@@ -1089,38 +1171,41 @@ var file_tidemark_v1_frame_proto_goTypes = []any{
 	(*ProducerState)(nil),         // 4: tidemark.v1.ProducerState
 	(*ProducerRun)(nil),           // 5: tidemark.v1.ProducerRun
 	(*SessionRecord)(nil),         // 6: tidemark.v1.SessionRecord
-	(*HandOver)(nil),              // 7: tidemark.v1.HandOver
-	(*HandOverRequest)(nil),       // 8: tidemark.v1.HandOverRequest
-	(*HandOverReply)(nil),         // 9: tidemark.v1.HandOverReply
-	(*HandOverResult)(nil),        // 10: tidemark.v1.HandOverResult
-	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
-	(*Envelope)(nil),              // 12: tidemark.v1.Envelope
-	(SessionKind)(0),              // 13: tidemark.v1.SessionKind
-	(Status)(0),                   // 14: tidemark.v1.Status
+	(*Projection)(nil),            // 7: tidemark.v1.Projection
+	(*HandOver)(nil),              // 8: tidemark.v1.HandOver
+	(*HandOverRequest)(nil),       // 9: tidemark.v1.HandOverRequest
+	(*HandOverReply)(nil),         // 10: tidemark.v1.HandOverReply
+	(*HandOverResult)(nil),        // 11: tidemark.v1.HandOverResult
+	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
+	(*Envelope)(nil),              // 13: tidemark.v1.Envelope
+	(SessionKind)(0),              // 14: tidemark.v1.SessionKind
+	(Status)(0),                   // 15: tidemark.v1.Status
+	(Code)(0),                     // 16: tidemark.v1.Code
 }
 var file_tidemark_v1_frame_proto_depIdxs = []int32{
-	11, // 0: tidemark.v1.Frame.time:type_name -> google.protobuf.Timestamp
-	12, // 1: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
+	12, // 0: tidemark.v1.Frame.time:type_name -> google.protobuf.Timestamp
+	13, // 1: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
 	3,  // 2: tidemark.v1.Page.state:type_name -> tidemark.v1.SessionState
 	0,  // 3: tidemark.v1.Page.compression:type_name -> tidemark.v1.Compression
-	13, // 4: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
-	14, // 5: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
+	14, // 4: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
+	15, // 5: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
 	4,  // 6: tidemark.v1.SessionState.producers:type_name -> tidemark.v1.ProducerState
-	11, // 7: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
-	11, // 8: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
+	12, // 7: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
+	12, // 8: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
 	5,  // 9: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
-	13, // 10: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
-	14, // 11: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
-	11, // 12: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
-	11, // 13: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
-	8,  // 14: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
-	12, // 15: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
-	10, // 16: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
-	17, // [17:17] is the sub-list for method output_type
-	17, // [17:17] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	14, // 10: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
+	15, // 11: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
+	12, // 12: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
+	12, // 13: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
+	9,  // 14: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
+	13, // 15: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
+	11, // 16: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
+	16, // 17: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
+	18, // [18:18] is the sub-list for method output_type
+	18, // [18:18] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_frame_proto_init() }
@@ -1129,14 +1214,15 @@ func file_tidemark_v1_frame_proto_init() {
 		return
 	}
 	file_tidemark_v1_envelope_proto_init()
-	file_tidemark_v1_frame_proto_msgTypes[7].OneofWrappers = []any{}
+	file_tidemark_v1_wire_proto_init()
+	file_tidemark_v1_frame_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tidemark_v1_frame_proto_rawDesc), len(file_tidemark_v1_frame_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
