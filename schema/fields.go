@@ -387,11 +387,10 @@ func (p *pass) customData(m *Custom) {
 			p.base64(m.Data)
 		}
 	case opRead:
-		if b, ok := p.takeBytes("data"); ok {
-			m.Data = b
-		}
+		b, both := p.takeBytes("data")
+		m.Data = b
 		if key, ok := p.takeAny("json"); ok {
-			if m.Data != nil {
+			if both {
 				p.refuse("A custom envelope has either 'json' or 'data', not both.")
 			}
 			m.Data = bytes.Clone(p.freeForm(key))

@@ -133,15 +133,15 @@ func (p *pass) collect(i, depth int) (end int, wrong string) {
 			return i, wrong
 		}
 		if keys.n < maxJSONKeys {
-			key := p.in[m.keyFrom:m.keyTo]
+			key, escaped := p.in[m.keyFrom:m.keyTo], uint32(0)
 			if bytes.IndexByte(key, '\\') >= 0 {
-				keys.escaped |= 1 << keys.n
-				key = p.unescapedKey(m)
+				key, escaped = p.unescapedKey(m), 1
 			}
 			if p.find(keys, string(key)) >= 0 {
 				p.refuse("The key '%s' stands twice in one object.", clip(string(key)))
 			}
 			keys.list[keys.n] = m
+			keys.escaped |= escaped << keys.n
 			keys.n++
 		}
 		if p.in[i] == '}' {

@@ -35,7 +35,11 @@ func (e *Envelope) Validate() error {
 // checkKind refuses an envelope without a payload that is known, and one that has another beside it: a later version would take that for the payload, and
 // nobody would have checked it.
 func (e *Envelope) checkKind() error {
-	for b := e.unknownFields; len(b) > 0; {
+	var unknown []byte
+	if e != nil {
+		unknown = e.unknownFields
+	}
+	for b := unknown; len(b) > 0; {
 		num, _, n := protowire.ConsumeField(b)
 		if n < 0 {
 			break
