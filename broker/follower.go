@@ -64,10 +64,13 @@ type Batch struct {
 	Wanted, First uint64
 	// CaughtUp: with this batch the follower has everything that was stored when it was opened. Once.
 	CaughtUp bool
+
+	// moved: the cursor did, be it over envelopes that were filtered out.
+	moved bool
 }
 
-// Empty reports whether the batch says nothing.
-func (b *Batch) Empty() bool { return len(b.Views) == 0 && !b.CaughtUp && b.First == 0 }
+// Empty reports whether the batch says nothing. A batch without views whose Through has moved, because all of its envelopes were filtered out, is not empty: there may be more to take.
+func (b *Batch) Empty() bool { return !b.moved && !b.CaughtUp && b.First == 0 }
 
 func newFollower(src source, o FollowOptions, at Attachment) *Follower {
 	f := &Follower{src: src, merge: o.MergeTokens, at: at, cursor: Cursor{Epoch: at.Epoch, Seq: at.After}}
@@ -134,7 +137,7 @@ func (f *Follower) Close() { f.closeOnce.Do(f.src.close) }
 
 // advance moves the cursor over the views and makes the batch of them.
 func (f *Follower) advance(views []View, gap uint64) Batch {
-	b := Batch{Views: views}
+	b := Batch{Views: views, moved: len(views) > 0}
 	if gap > f.cursor.Seq+1 {
 		b.Wanted, b.First = f.cursor.Seq+1, gap
 		f.cursor.Seq = gap - 1

@@ -1,0 +1,78 @@
+package logtest
+
+import (
+	"time"
+
+	"tidemark/schema"
+)
+
+// ID is the session of this name in the default tenant.
+func ID(name string) schema.SessionID { return schema.SessionID{Tenant: "default", Name: name} }
+
+// Accept validates and stamps an envelope as an edge does. It panics where a test made one that is refused.
+func Accept(e *schema.Envelope) schema.Accepted {
+	stamp := schema.NewStamp(&schema.Source{Subject: "logtest", Role: schema.Role_ROLE_AGENT})
+	a, err := stamp.AcceptEnvelope(e, time.Now())
+	if err != nil {
+		panic("logtest: " + err.Error())
+	}
+	return a
+}
+
+// Token is a piece of a message's text.
+func Token(message, text string) schema.Accepted { return Accept(tokenOf(message, text)) }
+
+func tokenOf(message, text string) *schema.Envelope {
+	return &schema.Envelope{Payload: &schema.Envelope_Token{Token: &schema.Token{MessageId: message, Text: text}}}
+}
+
+// Tokens are n tokens of one message; their texts tell them apart.
+func Tokens(message string, n int) []schema.Accepted {
+	out := make([]schema.Accepted, n)
+	for i := range out {
+		out[i] = Token(message, string(rune('a'+i%26))+" ")
+	}
+	return out
+}
+
+// Produced is a token at a place of a producer's sequence.
+func Produced(producer string, epoch, seq uint64) schema.Accepted {
+	e := tokenOf("of "+producer, ".")
+	e.Producer = &schema.Producer{Id: producer, Epoch: epoch, Seq: seq}
+	return Accept(e)
+}
+
+// UserMessage is what a person says.
+func UserMessage(text string) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_UserMessage{UserMessage: &schema.UserMessage{Message: text}}})
+}
+
+// Created opens a session of this kind.
+func Created(kind schema.SessionKind, metadata string) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_SessionCreated{SessionCreated: &schema.SessionCreated{Kind: kind, MetadataJson: metadata}}})
+}
+
+// StartRun begins a run.
+func StartRun(run string) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_StartRun{StartRun: &schema.StartRun{RunId: run}}})
+}
+
+// RunStatus says where a run stands.
+func RunStatus(status schema.Status) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_RunStatus{RunStatus: &schema.RunStatus{Status: status}}})
+}
+
+// Waiting asks a person.
+func Waiting(prompt string) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_WaitingForInput{WaitingForInput: &schema.WaitingForInput{Prompt: prompt}}})
+}
+
+// Input answers the question.
+func Input(response string) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_UserInput{UserInput: &schema.UserInput{ResponseJson: response}}})
+}
+
+// Failure says that a run met an error.
+func Failure(text string, recoverable bool) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_Error{Error: &schema.Error{Error: text, Recoverable: &recoverable}}})
+}

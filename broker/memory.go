@@ -1,0 +1,480 @@
+package broker
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"tidemark/schema"
+)
+
+// MemoryLog is the model of [Log]: sessions as slices in memory, every rule in its plainest form, nothing shared with [JetStreamLog] but what followers are made of. It is what the
+// tests compare the other log with, and what the packages above test on. It keeps everything until it is deleted or truncated, so it is no log for a server.
+//
+// All methods may be called concurrently.
+type MemoryLog struct {
+	mu sync.Mutex // guards all below; never held while Done or Wake is called
+	// sessions are those that have a history; a deleted one is not there.
+	sessions  map[schema.SessionID]*memorySession
+	followers map[schema.SessionID]map[*memorySource]bool
+	changes   uint64
+}
+
+var _ Log = (*MemoryLog)(nil)
+
+// memorySession is one history. What was truncated is gone from blocks alone.
+type memorySession struct {
+	epoch string
+	// blocks are what the publishes stored, one for each.
+	blocks []*Block
+	// ids and envelopes of all that was ever stored: that of seq n is at n-1.
+	ids       []ulid.ULID
+	producers map[string]*memoryProducer
+	record    *schema.Session
+	prompt    bool
+	// changed orders the registry.
+	changed uint64
+}
+
+type memoryProducer struct {
+	epoch, last uint64
+	// places has the session's seq of each of the producer's seqs of this epoch.
+	places map[uint64]uint64
+}
+
+// NewMemoryLog makes an empty log.
+func NewMemoryLog() *MemoryLog {
+	return &MemoryLog{sessions: map[schema.SessionID]*memorySession{}, followers: map[schema.SessionID]map[*memorySource]bool{}}
+}
+
+// Status implements [Log]. The log is always ready, and holds as much in one publish as the embedded server's log does.
+func (l *MemoryLog) Status() Status {
+	return Status{Ready: true, Durability: schema.Durability_DURABILITY_MEMORY, MaxEnvelopeBytes: 2<<20 - frameOverhead, Edge: "memory"}
+}
+
+// Publish implements [Log]. It never waits.
+func (l *MemoryLog) Publish(_ context.Context, id schema.SessionID, s *Submission) {
+	l.mu.Lock()
+	r, err := l.publish(id, s)
+	wake := l.wakes(id, err == nil && !r.Duplicate)
+	l.mu.Unlock()
+	wake()
+	s.Done(r, err)
+}
+
+func (l *MemoryLog) publish(id schema.SessionID, s *Submission) (Receipt, error) {
+	n := uint64(len(s.Envelopes))
+	size, seen := 0, map[ulid.ULID]bool{}
+	for i := range s.Envelopes {
+		e := &s.Envelopes[i]
+		size += e.Size()
+		if seen[e.ID] {
+			return Receipt{}, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Two envelopes of one publish to session %s have the id %s.", id, e.ID)
+		}
+		seen[e.ID] = true
+	}
+	switch {
+	case n == 0 || n > schema.MaxPublishEnvelopes:
+		return Receipt{}, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "A publish to session %s holds %d envelopes; it may hold 1 to %d.",
+			id, n, schema.MaxPublishEnvelopes)
+	case size > l.Status().MaxEnvelopeBytes:
+		return Receipt{}, schema.Refuse(schema.Code_CODE_TOO_LARGE, "A publish to session %s has %d bytes; at most %d are allowed.",
+			id, size, l.Status().MaxEnvelopeBytes)
+	}
+	m := l.sessions[id]
+	if m == nil {
+		m = &memorySession{epoch: ulid.Make().String(), producers: map[string]*memoryProducer{}, record: new(schema.Session)}
+	}
+
+	// All stored before, one behind the other: the first try's answer. None: go on. Anything else is no retry.
+	var known int
+	var first uint64
+	adjacent := true
+	for i := range s.Envelopes {
+		place := m.placeOf(&s.Envelopes[i])
+		if place == 0 {
+			continue
+		}
+		known++
+		if i == 0 {
+			first = place
+		}
+		adjacent = adjacent && place == first+uint64(i)
+	}
+	if known == len(s.Envelopes) && adjacent {
+		return Receipt{Epoch: m.epoch, First: first, Last: first + n - 1, Duplicate: true}, nil
+	}
+	if p := s.Envelopes[0].Producer; known > 0 && p.ID != "" {
+		return Receipt{}, producerGap(id, p, m.producer(p.ID).last+1)
+	} else if known > 0 {
+		return Receipt{}, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Some of the envelopes' ids are in session %s already, but not as this publish has them.", id)
+	}
+
+	if s.Expected != nil && *s.Expected != m.head() {
+		r := schema.Refuse(schema.Code_CODE_CONFLICT, "Session %s is at seq %d, not at %d.", id, m.head(), *s.Expected)
+		r.Head = m.head()
+		return Receipt{}, r
+	}
+	if err := m.checkProducers(id, s.Envelopes); err != nil {
+		return Receipt{}, err
+	}
+	m.store(s.Envelopes, time.Now())
+	l.changes++
+	m.changed = l.changes
+	l.sessions[id] = m
+	return Receipt{Epoch: m.epoch, First: m.head() - n + 1, Last: m.head()}, nil
+}
+
+// placeOf is the seq at which the envelope is stored; 0 where it is not known.
+func (m *memorySession) placeOf(e *schema.Accepted) uint64 {
+	for i := len(m.ids) - 1; i >= 0 && i >= len(m.ids)-recentIDs; i-- {
+		if m.ids[i] == e.ID {
+			return uint64(i) + 1
+		}
+	}
+	if p := m.producer(e.Producer.ID); p.epoch == e.Producer.Epoch {
+		return p.places[e.Producer.Seq]
+	}
+	return 0
+}
+
+// producer is what is known of a producer; nothing, where it never wrote.
+func (m *memorySession) producer(id string) *memoryProducer {
+	if p := m.producers[id]; p != nil {
+		return p
+	}
+	return new(memoryProducer)
+}
+
+// checkProducers walks the producers' sequences through the envelopes.
+func (m *memorySession) checkProducers(id schema.SessionID, envelopes []schema.Accepted) error {
+	walked := map[string]schema.ProducerPlace{}
+	for _, e := range envelopes {
+		p := e.Producer
+		if p.ID == "" {
+			continue
+		}
+		at, ok := walked[p.ID]
+		if !ok {
+			at = schema.ProducerPlace{Epoch: m.producer(p.ID).epoch, Seq: m.producer(p.ID).last}
+		}
+		if p.Epoch < at.Epoch {
+			r := schema.Refuse(schema.Code_CODE_PRODUCER_FENCED, "Producer %q of session %s is at epoch %d; epoch %d is over.", p.ID, id, at.Epoch, p.Epoch)
+			r.Expected = at.Epoch
+			return r
+		}
+		if p.Epoch > at.Epoch {
+			at.Seq = 0
+		}
+		if p.Seq != at.Seq+1 {
+			return producerGap(id, p, at.Seq+1)
+		}
+		walked[p.ID] = p
+	}
+	return nil
+}
+
+func producerGap(id schema.SessionID, p schema.ProducerPlace, expected uint64) error {
+	r := schema.Refuse(schema.Code_CODE_PRODUCER_GAP, "Producer %q of session %s sent seq %d where %d is next.", p.ID, id, p.Seq, expected)
+	r.Expected = expected
+	return r
+}
+
+// store appends what was decided.
+func (m *memorySession) store(envelopes []schema.Accepted, now time.Time) {
+	b := &Block{Epoch: m.epoch, First: m.head() + 1, Count: len(envelopes), Time: now}
+	if m.head() == 0 {
+		m.record.Created, m.record.Status = timestamppb.New(now), schema.Status_STATUS_OPEN
+	}
+	m.record.Updated = timestamppb.New(now)
+	for _, e := range envelopes {
+		m.ids = append(m.ids, e.ID)
+		b.Region = e.AppendRecord(b.Region, m.head())
+		if p := e.Producer; p.ID != "" {
+			if m.producer(p.ID).epoch != p.Epoch || m.producers[p.ID] == nil {
+				m.producers[p.ID] = &memoryProducer{epoch: p.Epoch, places: map[uint64]uint64{}}
+			}
+			m.producers[p.ID].last, m.producers[p.ID].places[p.Seq] = p.Seq, m.head()
+		}
+		m.fold(e.Bytes)
+	}
+	m.blocks = append(m.blocks, b)
+}
+
+// fold moves the session's status.
+func (m *memorySession) fold(raw []byte) {
+	e := new(schema.Envelope)
+	if err := proto.Unmarshal(raw, e); err != nil {
+		panic("broker: an accepted envelope cannot be decoded: " + err.Error())
+	}
+	to := schema.Status_STATUS_UNSPECIFIED
+	switch p := e.GetPayload().(type) {
+	case *schema.Envelope_SessionCreated:
+		m.record.Kind, m.record.MetadataJson = p.SessionCreated.GetKind(), p.SessionCreated.GetMetadataJson()
+	case *schema.Envelope_StartRun:
+		to = schema.Status_STATUS_RUNNING
+	case *schema.Envelope_RunStatus:
+		to = p.RunStatus.GetStatus()
+	case *schema.Envelope_WaitingForInput:
+		to = schema.Status_STATUS_WAITING_FOR_INPUT
+	case *schema.Envelope_UserInput:
+		if m.prompt {
+			to = schema.Status_STATUS_RUNNING
+		}
+	case *schema.Envelope_Error:
+		if !p.Error.GetRecoverable() {
+			to = schema.Status_STATUS_FAILED
+		}
+	}
+	if to == schema.Status_STATUS_UNSPECIFIED {
+		return
+	}
+	_, m.prompt = e.GetPayload().(*schema.Envelope_WaitingForInput)
+	ended := to == schema.Status_STATUS_COMPLETED || to == schema.Status_STATUS_FAILED || to == schema.Status_STATUS_CANCELLED
+	if ended && m.record.GetKind() == schema.SessionKind_SESSION_KIND_CHAT {
+		to = schema.Status_STATUS_OPEN
+	}
+	m.record.Status = to
+}
+
+func (m *memorySession) head() uint64 {
+	if m == nil {
+		return 0
+	}
+	return uint64(len(m.ids))
+}
+
+// first is the oldest seq that is left; 0 where there is no session.
+func (m *memorySession) first() uint64 {
+	if m == nil {
+		return 0
+	}
+	return m.blocks[0].First
+}
+
+// Follow implements [Log].
+func (l *MemoryLog) Follow(_ context.Context, id schema.SessionID, o FollowOptions) (*Follower, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	m := l.sessions[id]
+	at := Attachment{First: m.first(), Head: m.head()}
+	if m != nil {
+		at.Epoch, at.Status = m.epoch, m.record.GetStatus()
+	}
+	if m == nil && o.MustExist {
+		return nil, noSession(id)
+	}
+	if o.Epoch != "" && o.Epoch != at.Epoch {
+		r := schema.Refuse(schema.Code_CODE_EPOCH_MISMATCH, "The history %s of session %s is over; begin anew without a cursor.", o.Epoch, id)
+		r.Epoch = at.Epoch
+		return nil, r
+	}
+	switch s := o.Start; {
+	case s.Head:
+		at.After = at.Head
+	case s.Last > 0 && m != nil:
+		at.After = at.Head - min(s.Last, at.Head-at.First+1)
+	case s.Last > 0:
+	case !s.Since.IsZero():
+		at.After = at.Head
+		for _, b := range slices.Backward(m.left()) {
+			if !b.Time.Before(s.Since) {
+				at.After = b.First - 1
+			}
+		}
+	case s.After > at.Head:
+		r := schema.Refuse(schema.Code_CODE_SEQ_BEYOND_HEAD, "Session %s is at seq %d; there is nothing behind seq %d.", id, at.Head, s.After)
+		r.Head = at.Head
+		return nil, r
+	default:
+		at.After = s.After
+	}
+	src := &memorySource{log: l, id: id, wake: o.Wake}
+	f := newFollower(src, o, at)
+	if src.wake == nil {
+		f.wake = make(chan struct{}, 1)
+		src.wake = func() {
+			select {
+			case f.wake <- struct{}{}:
+			default:
+			}
+		}
+	}
+	if l.followers[id] == nil {
+		l.followers[id] = map[*memorySource]bool{}
+	}
+	l.followers[id][src] = true
+	return f, nil
+}
+
+func (m *memorySession) left() []*Block {
+	if m == nil {
+		return nil
+	}
+	return m.blocks
+}
+
+// Session implements [Log].
+func (l *MemoryLog) Session(_ context.Context, id schema.SessionID) (*schema.Session, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if m := l.sessions[id]; m != nil {
+		return m.session(id), nil
+	}
+	return nil, noSession(id)
+}
+
+func (m *memorySession) session(id schema.SessionID) *schema.Session {
+	s := proto.CloneOf(m.record)
+	s.Session, s.Epoch, s.FirstSeq, s.HeadSeq = id.Name, m.epoch, m.first(), m.head()
+	return s
+}
+
+// Sessions implements [Log]. The registry does not lag; its token is the place of the last session listed in the order of changes.
+func (l *MemoryLog) Sessions(_ context.Context, tenant string, q Query) (SessionPage, error) {
+	var after uint64
+	if q.Token != "" {
+		var err error
+		if after, err = strconv.ParseUint(q.Token, 10, 64); err != nil {
+			return SessionPage{}, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The page token is not one that a listing returned; list again from the beginning.")
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var ids []schema.SessionID
+	for id, m := range l.sessions {
+		if id.Tenant == tenant && strings.HasPrefix(id.Name, q.Prefix) && m.changed > after &&
+			(q.Status == schema.Status_STATUS_UNSPECIFIED || q.Status == m.record.GetStatus()) {
+			ids = append(ids, id)
+		}
+	}
+	slices.SortFunc(ids, func(a, b schema.SessionID) int { return cmp.Compare(l.sessions[a].changed, l.sessions[b].changed) })
+	var page SessionPage
+	for i, id := range ids {
+		if i == q.Limit {
+			page.Next = fmt.Sprint(l.sessions[ids[i-1]].changed)
+			break
+		}
+		page.Sessions = append(page.Sessions, l.sessions[id].session(id))
+	}
+	return page, nil
+}
+
+// Delete implements [Log].
+func (l *MemoryLog) Delete(_ context.Context, id schema.SessionID) error {
+	l.mu.Lock()
+	if l.sessions[id] == nil {
+		l.mu.Unlock()
+		return noSession(id)
+	}
+	delete(l.sessions, id)
+	wake := l.wakes(id, true)
+	l.mu.Unlock()
+	wake()
+	return nil
+}
+
+// Truncate takes the envelopes before seq first away, as retention does: whole publishes, and never the last. It returns the oldest seq that is left, 0 where there is no session.
+func (l *MemoryLog) Truncate(id schema.SessionID, first uint64) uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	m := l.sessions[id]
+	for m != nil && len(m.blocks) > 1 && m.blocks[0].Last() < first {
+		m.blocks = m.blocks[1:]
+	}
+	return m.first()
+}
+
+func noSession(id schema.SessionID) error {
+	return schema.Refuse(schema.Code_CODE_SESSION_NOT_FOUND, "Session %s has no envelope; publish one to begin it.", id)
+}
+
+// wakes gathers the wake calls of the session's followers, to be made once the lock is released.
+func (l *MemoryLog) wakes(id schema.SessionID, changed bool) func() {
+	var calls []func()
+	if changed {
+		for src := range l.followers[id] {
+			calls = append(calls, src.wake)
+		}
+	}
+	return func() {
+		for _, call := range calls {
+			call()
+		}
+	}
+}
+
+// memorySource is a session of a MemoryLog as a follower sees it.
+type memorySource struct {
+	log  *MemoryLog
+	id   schema.SessionID
+	wake func()
+}
+
+func (s *memorySource) take(c Cursor, limit int) ([]View, error) {
+	s.log.mu.Lock()
+	defer s.log.mu.Unlock()
+	m, err := s.session(c)
+	if err != nil || m == nil {
+		return nil, err
+	}
+	if c.Seq+1 < m.first() {
+		return nil, ErrBehind
+	}
+	return m.behind(c.Seq, limit), nil
+}
+
+func (s *memorySource) read(_ context.Context, c Cursor, limit int) (views []View, gap uint64, err error) {
+	s.log.mu.Lock()
+	defer s.log.mu.Unlock()
+	m, err := s.session(c)
+	if err != nil || m == nil {
+		return nil, 0, err
+	}
+	if c.Seq+1 < m.first() {
+		gap = m.first()
+	}
+	return m.behind(c.Seq, limit), gap, nil
+}
+
+func (s *memorySource) close() {
+	s.log.mu.Lock()
+	defer s.log.mu.Unlock()
+	if delete(s.log.followers[s.id], s); len(s.log.followers[s.id]) == 0 {
+		delete(s.log.followers, s.id)
+	}
+}
+
+// session is the one that c is a place in; nil while there is none.
+func (s *memorySource) session(c Cursor) (*memorySession, error) {
+	m := s.log.sessions[s.id]
+	if c.Epoch != "" && (m == nil || m.epoch != c.Epoch) {
+		return nil, schema.Refuse(schema.Code_CODE_SESSION_DELETED, "Session %s was deleted; follow it anew, without a cursor, for what comes after.", s.id)
+	}
+	return m, nil
+}
+
+// behind is what is left behind seq, about limit bytes of it.
+func (m *memorySession) behind(seq uint64, limit int) []View {
+	var views []View
+	for _, b := range m.blocks {
+		if v := b.After(seq); v.Len() > 0 && limit > 0 {
+			v = v.Limit(limit)
+			limit -= len(v.Records())
+			views = append(views, v)
+			if v.To < b.Last() {
+				break
+			}
+		}
+	}
+	return views
+}
