@@ -1,0 +1,169 @@
+package edgegrpc
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"tidemark/internal/gateway"
+	"tidemark/schema"
+	"tidemark/schema/schemaconnect"
+)
+
+// nativeProtocol is grpc-go's part as metrics name it; the others are connect-go's names.
+const nativeProtocol = "grpc"
+
+// description of the service for grpc-go. It is written out, not generated, because the streams carry bytes.
+func (e *Edge) description() *grpc.ServiceDesc {
+	return &grpc.ServiceDesc{
+		ServiceName: schemaconnect.SessionServiceName,
+		HandlerType: (*any)(nil),
+		Metadata:    schema.File_tidemark_v1_service_proto.Path(),
+		Methods: []grpc.MethodDesc{
+			createSession.native(e), getSession.native(e), listSessions.native(e), deleteSession.native(e), appendOnce.native(e),
+		},
+		Streams: []grpc.StreamDesc{
+			appendStream.native(e), follow.native(e), connection.native(e),
+		},
+	}
+}
+
+func (c call[Req, Res]) native(e *Edge) grpc.MethodDesc {
+	return grpc.MethodDesc{MethodName: c.method, Handler: func(_ any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
+		req := new(Req)
+		if err := decode(req); err != nil {
+			return nil, err
+		}
+		res, f := c.run(ctx, e, nativeProtocol, nativeToken(ctx), req)
+		if f != nil {
+			// It fails only behind the handler's back, never inside it.
+			_ = grpc.SetTrailer(ctx, f.trailer())
+			return nil, f.native()
+		}
+		return res, nil
+	}}
+}
+
+// nativeToken is the token in the call's metadata.
+func nativeToken(ctx context.Context) string {
+	if v := metadata.ValueFromIncomingContext(ctx, "authorization"); len(v) > 0 {
+		return bearer(v[0])
+	}
+	return ""
+}
+
+func (s stream) native(e *Edge) grpc.StreamDesc {
+	return grpc.StreamDesc{StreamName: s.method, ClientStreams: !s.follows, ServerStreams: true, Handler: func(_ any, gs grpc.ServerStream) error {
+		f := s.serveNative(e, gs)
+		if f == nil {
+			e.metrics.calls.WithLabelValues(s.method, nativeProtocol, "ok").Inc()
+			return nil
+		}
+		e.metrics.calls.WithLabelValues(s.method, nativeProtocol, f.refusal.Code.Word()).Inc()
+		gs.SetTrailer(f.trailer())
+		return f.native()
+	}}
+}
+
+// serveNative runs one stream. It returns as soon as the stream's status is known, which also lets go whoever is blocked in the stream: grpc-go has no other way. What runs for the stream has
+// ended soon after; [Edge.Serve] waits for it.
+func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
+	remote := ""
+	if p, ok := peer.FromContext(gs.Context()); ok {
+		remote = p.Addr.String()
+	}
+	t := &nativeTransport{stream: gs, closed: make(chan struct{})}
+	gp, err := s.peer(e, nativeToken(gs.Context()), remote, func(a *schema.Attach) error {
+		if err := gs.RecvMsg(&t.in); err != nil {
+			return err
+		}
+		return attachOf(&t.in)(a)
+	})
+	if err != nil {
+		return failed(refusalOf(gs.Context(), err))
+	}
+	gp.Transport = t
+	// Clients wait for the header before they believe in the stream.
+	if err := gs.SendHeader(nil); err != nil {
+		return failed(schema.AsRefusal(err))
+	}
+	e.streams.Go(func() { _ = e.cfg.Gateway.Serve(gs.Context(), gp) })
+	<-t.closed
+	return t.failure
+}
+
+// nativeTransport carries a connection of the gateway over a stream of grpc-go.
+type nativeTransport struct {
+	// Static after construction.
+	stream grpc.ServerStream
+	closed chan struct{} // closed by Close
+
+	in  message // owned by Receive
+	out message // owned by Send
+
+	once sync.Once
+	// failure is set before closed is closed; nil for an end without a fault.
+	failure *failure
+}
+
+// Receive waits for the client's next message.
+func (t *nativeTransport) Receive(context.Context) ([]byte, error) {
+	t.in.bytes = t.in.bytes[:0]
+	if err := t.stream.RecvMsg(&t.in); err != nil {
+		return nil, nativeReceiveError(err)
+	}
+	return t.in.bytes, nil
+}
+
+// nativeReceiveError says what grpc-go's error means to the gateway.
+func nativeReceiveError(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.EOF
+	}
+	switch status.Code(err) {
+	case codes.Canceled, codes.DeadlineExceeded:
+		// The client has cancelled the call, or its connection is gone: the library tells the two alike.
+		return gateway.ErrPeerClosed
+	case codes.ResourceExhausted:
+		return tooLarge(err)
+	default:
+		return err
+	}
+}
+
+func tooLarge(err error) error {
+	return &schema.Refusal{
+		Code: schema.Code_CODE_TOO_LARGE, Err: err,
+		Message: "The message is larger than the largest frame; PROTOCOL.md has the limits.",
+	}
+}
+
+// Send writes the messages. grpc-go gathers what is sent while it writes.
+func (t *nativeTransport) Send(_ context.Context, messages [][]byte) error {
+	for _, m := range messages {
+		t.out.bytes = m
+		if err := t.stream.SendMsg(&t.out); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close ends the stream with the code's status.
+func (t *nativeTransport) Close(code schema.Code, text string) {
+	t.once.Do(func() {
+		if code != schema.Code_CODE_UNSPECIFIED {
+			t.failure = failed(&schema.Refusal{Code: code, Message: text})
+		}
+		close(t.closed)
+	})
+	// The handler returns now, and with it the stream ends.
+	<-t.stream.Context().Done()
+}
