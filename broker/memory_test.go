@@ -2,6 +2,7 @@ package broker_test
 
 import (
 	"testing"
+	"testing/synctest"
 
 	"tidemark/broker"
 	"tidemark/broker/logtest"
@@ -19,3 +20,10 @@ func memory(*testing.T) logtest.Instance {
 }
 
 func TestMemoryLog(t *testing.T) { logtest.Run(t, memory) }
+
+// The comparison itself: two models agree whatever is done to them.
+func TestMemoryLogAgreesWithItself(t *testing.T) {
+	for seed := range uint64(20) {
+		synctest.Test(t, func(t *testing.T) { logtest.Compare(t, memory(t), memory(t), seed) })
+	}
+}

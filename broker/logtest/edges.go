@@ -142,6 +142,42 @@ func testFencedOnAnotherEdge(w *world) {
 
 func testExpectedSeqOverEdges(w *world) { oneWinner(w, w, w.otherEdge()) }
 
+// testDecidedOnWhatIsAcknowledged goes to and fro between edges with what only the other edge can have seen yet: what is decided without storing anything is decided on the session as it stands,
+// not on what this edge last knew.
+func testDecidedOnWhatIsAcknowledged(w *world) {
+	b := w.otherEdge()
+	w.publish(Token("m", "x"))
+	b.publish(Token("m", "x"))
+	head := uint64(2)
+	for i := range uint64(20) {
+		from, to := w, b
+		if i%2 == 1 {
+			from, to = b, w
+		}
+		// The other edge wrote last; this head is right.
+		if r, err := from.try(broker.Submission{Envelopes: Tokens("m", 2), Expected: &head}); err != nil || r.First != head+1 {
+			w.Fatalf("round %d: on top of %d: %+v, %v", i, head, r, err)
+		}
+		stale := head
+		head += 2
+		if r := to.refused(schema.Code_CODE_CONFLICT, broker.Submission{Envelopes: Tokens("m", 1), Expected: &stale}); r.Head != head {
+			w.Fatalf("round %d: told that the head is %d, want %d", i, r.Head, head)
+		}
+		p := fmt.Sprint("p", i/4)
+		if r := to.publish(Produced(p, 1, 2*(i%4)+1)); r.First != head+1 {
+			w.Fatalf("round %d: a producer's went to %+v behind %d", i, r, head)
+		}
+		// Not the next on the edge that has not seen the one before.
+		if r := from.refused(schema.Code_CODE_PRODUCER_GAP, broker.Submission{Envelopes: []schema.Accepted{Produced(p, 1, 2*(i%4)+4)}}); r.Expected != 2*(i%4)+2 {
+			w.Fatalf("round %d: told to go on from %d, want %d", i, r.Expected, 2*(i%4)+2)
+		}
+		if r := from.publish(Produced(p, 1, 2*(i%4)+2)); r.First != head+2 {
+			w.Fatalf("round %d: a producer's went to %+v behind %d", i, r, head+1)
+		}
+		head += 2
+	}
+}
+
 // testResumeOnAnotherEdgeAtOnce goes to the other edge with a cursor that that edge cannot have seen from its tail yet: what was acknowledged is there, on any edge, at once.
 func testResumeOnAnotherEdgeAtOnce(w *world) {
 	b := w.otherEdge()

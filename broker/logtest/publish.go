@@ -429,6 +429,17 @@ func testProducerRepeatsAnyTime(w *world) {
 			w.Errorf("the retry of seq %d of the producer, at %d, was answered with %+v", i, places[i], r)
 		}
 	}
+	// Cut anew, what was not stored is not acknowledged with what was, and what does not stand side by side is not said to.
+	for _, to := range []uint64{51, 52, 2} {
+		var cut []schema.Accepted
+		for i := uint64(1); i <= to; i++ {
+			cut = append(cut, Produced("p", 1, i))
+		}
+		if r := w.refused(schema.Code_CODE_PRODUCER_GAP, broker.Submission{Envelopes: cut}); r.Expected != 51 {
+			w.Errorf("told to go on from %d, want 51", r.Expected)
+		}
+	}
+	w.refused(schema.Code_CODE_INVALID_MESSAGE, broker.Submission{Envelopes: []schema.Accepted{Token("m", "new"), Produced("p", 1, 1)}})
 	if r := w.publish(Produced("p", 1, 51)); r.Duplicate || r.First != head+1 {
 		w.Errorf("the producer's next went to %+v behind %d", r, head)
 	}

@@ -18,7 +18,7 @@ type Instance struct {
 	OpenEdge func(t *testing.T) broker.Log
 	// Restart closes all logs, stops and starts the storage, and opens Log anew.
 	Restart func(t *testing.T) broker.Log
-	// Truncate takes away envelopes of the session before first, as retention does, as far as the storage can, and returns the oldest seq that is left.
+	// Truncate takes away envelopes of the session before first, as retention does, as far as the storage can, and returns the oldest seq that is left there. A log may go on with what it has in memory.
 	Truncate func(t *testing.T, id schema.SessionID, first uint64) uint64
 	// Settle waits until projections have caught up with the log. Nil where they never lag.
 	Settle func(t *testing.T)
@@ -103,6 +103,7 @@ func cases() []testCase {
 		{"I3_RepeatedOnAnotherEdge", testRepeatedOnAnotherEdge},
 		{"I6_FencedOnAnotherEdge", testFencedOnAnotherEdge},
 		{"ExpectedSeqHasOneWinnerOverEdges", testExpectedSeqOverEdges},
+		{"DecidedOnWhatIsAcknowledged", testDecidedOnWhatIsAcknowledged},
 		{"ResumeOnAnotherEdgeAtOnce", testResumeOnAnotherEdgeAtOnce},
 		{"DeleteOnAnotherEdge", testDeleteOnAnotherEdge},
 		{"I1_RestartKeepsAll", testRestartKeepsAll},
