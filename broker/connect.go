@@ -175,7 +175,7 @@ func provision(ctx context.Context, js jetstream.JetStream, l Layout) error {
 // streamSubjects are the subjects of stream i of n: one for each of its slices.
 func streamSubjects(kind string, i, n int) []string {
 	var subjects []string
-	for slice := range slices {
+	for slice := range sliceCount {
 		if streamOf(slice, n) == i {
 			subjects = append(subjects, kind+"."+sliceToken(slice)+".>")
 		}

@@ -22,6 +22,10 @@ type frame struct {
 	ID string
 	// Deleted: this frame ends the history.
 	Deleted bool
+
+	// subject and cost are the tail's: where the frame belongs, and what it takes in the ring, in bytes; 0 once it has left it.
+	subject string
+	cost    int
 }
 
 // Field numbers of schema.Frame. TestFrameFieldNumbers compares them with the descriptor.

@@ -46,8 +46,15 @@ type Submission struct {
 	// Done receives the answer. It is called from the appender and must not block.
 	Done func(Receipt, error)
 
-	// base is set for a submission that another edge handed over: none of its envelopes is stored up to this place.
+	// base is set for a submission that another edge handed over: none of its envelopes is stored up to this place. It is not handed over again.
 	base *Cursor
+	// tombstone: delete the session instead of appending.
+	tombstone bool
+	// size is what the envelopes take in a frame, in bytes; deadline is until when they are held. Both are set when it is submitted.
+	size     int
+	deadline time.Time
+	// release gives back the bytes it holds in the log's bound.
+	release func(bytes int)
 }
 
 // Receipt is the place that a submission got.
@@ -120,7 +127,8 @@ type Status struct {
 	Reason string
 	// Durability is the class that acknowledgements have.
 	Durability schema.Durability
-	// MaxEnvelopeBytes is the most that one publish may hold, in bytes: the server's max_payload less what a frame needs.
+	// MaxEnvelopeBytes is the most that the envelopes of one publish may take together, in bytes, as their sender encoded them: [schema.MaxEnvelopeBytes], or the server's
+	// max_payload less what a frame needs, where that is less.
 	MaxEnvelopeBytes int
 	// Edge is the name under which this log writes frames.
 	Edge string

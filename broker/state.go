@@ -15,10 +15,10 @@ import (
 const (
 	// recentIDs is how many envelopes back a repeated id is recognised (DESIGN section 4).
 	recentIDs = 1024
-	// maxProducers bounds the producers that a session remembers; the one that wrote least recently is forgotten, and refused with producer_gap if it comes back.
+	// maxProducers bounds the producers that a session remembers; the one that wrote least recently is forgotten. From then on a producer that is not known is looked up in the log.
 	maxProducers = 256
 	// maxProducerRuns bounds how far back a producer's repeated seq is answered from memory; older ones are looked up in the log.
-	maxProducerRuns = 32
+	maxProducerRuns = 8
 )
 
 // state is what a session's envelopes fold into. It is pure: no clock, socket or goroutine. Its owner is the appender or the projector that folds it; it is not safe for
@@ -40,7 +40,9 @@ type state struct {
 	created, updated time.Time
 
 	producers map[string]*producerState
-	recent    idWindow
+	// forgot: there were more producers than are remembered.
+	forgot bool
+	recent idWindow
 }
 
 type producerState struct {
@@ -92,8 +94,13 @@ func (s *state) foldFrame(f *frame) error {
 
 // fold folds the envelope with the next seq.
 func (s *state) fold(seq uint64, id ulid.ULID, kind schema.Kind, payload []byte, p schema.ProducerPlace) {
-	s.head = seq
 	s.recent.add(seq, id)
+	s.foldPayload(seq, kind, payload, p)
+}
+
+// foldPayload is fold without the id, which a draft has put in already.
+func (s *state) foldPayload(seq uint64, kind schema.Kind, payload []byte, p schema.ProducerPlace) {
+	s.head = seq
 	if p.ID != "" {
 		s.foldProducer(seq, p)
 	}
@@ -139,19 +146,28 @@ func (s *state) foldStatus(to schema.Status) {
 	s.status = to
 }
 
+// view is a copy that tells where the session stands, and can be folded on, but decides nothing: it remembers neither ids nor producers.
+func (s *state) view() *state {
+	v := *s
+	v.producers = map[string]*producerState{}
+	v.recent = idWindow{from: s.head + 1}
+	return &v
+}
+
+// session is the state as clients see it.
+func (s *state) session(name string, first uint64) *schema.Session {
+	return &schema.Session{
+		Session: name, Epoch: s.epoch, Kind: s.kind, Status: s.status, FirstSeq: first, HeadSeq: s.head,
+		Created: timestamppb.New(s.created), Updated: timestamppb.New(s.updated), MetadataJson: s.metadata,
+	}
+}
+
 func terminal(s schema.Status) bool {
 	return s == schema.Status_STATUS_COMPLETED || s == schema.Status_STATUS_FAILED || s == schema.Status_STATUS_CANCELLED
 }
 
 func (s *state) foldProducer(seq uint64, p schema.ProducerPlace) {
-	ps := s.producers[p.ID]
-	if ps == nil {
-		if len(s.producers) >= maxProducers {
-			s.forgetProducer()
-		}
-		ps = new(producerState)
-		s.producers[p.ID] = ps
-	}
+	ps := s.meet(p.ID)
 	if p.Epoch != ps.epoch {
 		*ps = producerState{epoch: p.Epoch}
 	}
@@ -166,6 +182,19 @@ func (s *state) foldProducer(seq uint64, p schema.ProducerPlace) {
 	ps.runs = append(ps.runs, producerRun{from: p.Seq, seq: seq, count: 1})
 }
 
+// meet finds a producer, or makes the acquaintance of a new one.
+func (s *state) meet(id string) *producerState {
+	ps := s.producers[id]
+	if ps == nil {
+		if len(s.producers) >= maxProducers {
+			s.forgetProducer()
+		}
+		ps = &producerState{seq: s.head}
+		s.producers[id] = ps
+	}
+	return ps
+}
+
 func (s *state) forgetProducer() {
 	var oldest string
 	for id, p := range s.producers {
@@ -174,6 +203,7 @@ func (s *state) forgetProducer() {
 		}
 	}
 	delete(s.producers, oldest)
+	s.forgot = true
 }
 
 // place is where the producer's envelope went; false where it is older than what is remembered.
@@ -207,12 +237,12 @@ func (w *idWindow) add(seq uint64, id ulid.ULID) {
 func (s *state) proto() *schema.SessionState {
 	m := &schema.SessionState{
 		Epoch: s.epoch, HeadSeq: s.head, HeadFrame: s.frame, Kind: s.kind, Status: s.status, PromptSeq: s.prompt, RunId: s.run,
-		MetadataJson: s.metadata, Created: timestamppb.New(s.created), Updated: timestamppb.New(s.updated),
+		MetadataJson: s.metadata, Created: timestamppb.New(s.created), Updated: timestamppb.New(s.updated), ProducersForgotten: s.forgot,
 	}
 	for id, p := range s.producers {
 		ps := &schema.ProducerState{Id: id, Epoch: p.epoch, LastSeq: p.last}
 		for _, r := range p.runs {
-			ps.Runs = append(ps.Runs, &schema.ProducerRun{ProducerSeq: r.from, Seq: r.seq, Count: r.count})
+			ps.Runs = append(ps.Runs, &schema.ProducerRun{ProducerSeq: r.from, Seq: r.seq, Count: uint32(r.count)})
 		}
 		m.Producers = append(m.Producers, ps)
 	}
@@ -230,11 +260,12 @@ func stateOf(m *schema.SessionState) *state {
 	s := newState()
 	s.epoch, s.head, s.frame = m.GetEpoch(), m.GetHeadSeq(), m.GetHeadFrame()
 	s.kind, s.status, s.prompt, s.run, s.metadata = m.GetKind(), m.GetStatus(), m.GetPromptSeq(), m.GetRunId(), m.GetMetadataJson()
+	s.forgot = m.GetProducersForgotten()
 	s.created, s.updated = m.GetCreated().AsTime(), m.GetUpdated().AsTime()
 	for _, p := range m.GetProducers() {
 		ps := &producerState{epoch: p.GetEpoch(), last: p.GetLastSeq()}
 		for _, r := range p.GetRuns() {
-			ps.runs = append(ps.runs, producerRun{from: r.GetProducerSeq(), seq: r.GetSeq(), count: r.GetCount()})
+			ps.runs = append(ps.runs, producerRun{from: r.GetProducerSeq(), seq: r.GetSeq(), count: uint64(r.GetCount())})
 		}
 		if n := len(ps.runs); n > 0 {
 			ps.seq = ps.runs[n-1].seq + ps.runs[n-1].count - 1

@@ -9,9 +9,9 @@ import (
 	"tidemark/schema"
 )
 
-// slices is how many parts the space of sessions has (the `vs` of DESIGN section 3). Each log stream owns a contiguous range of them, so that the number of streams can
+// sliceCount is how many parts the space of sessions has (the `vs` of DESIGN section 3). Each log stream owns a contiguous range of them, so that the number of streams can
 // be chosen without renaming a subject. It is part of what is on disk and can never change.
-const slices = 256
+const sliceCount = 256
 
 // sliceOf places a session: stable for ever, tested against golden values.
 func sliceOf(id schema.SessionID) int {
@@ -24,11 +24,11 @@ func sliceOf(id schema.SessionID) int {
 	x ^= x >> 33
 	x *= 0xff51afd7ed558ccd
 	x ^= x >> 33
-	return int(x % slices)
+	return int(x % sliceCount)
 }
 
 // streamOf is the index of the stream, of n, that owns a slice.
-func streamOf(slice, n int) int { return slice * n / slices }
+func streamOf(slice, n int) int { return slice * n / sliceCount }
 
 // lane is where a session's messages are: its slice and the last two tokens of its subjects.
 type lane struct {
@@ -57,6 +57,9 @@ func (l lane) pageSubject(slot uint64, part int) string {
 	}
 	return s
 }
+
+// pagesSubject is the subject of all the session's pages and their parts.
+func (l lane) pagesSubject() string { return "page." + sliceToken(l.slice) + "." + l.name + ".>" }
 
 // registryKey is the session's key in the bucket SESSIONS.
 func (l lane) registryKey() string { return l.name }

@@ -253,6 +253,7 @@ func (p *pass) whole(name string, v *uint64) {
 		if n, ok := p.takeWhole(name); ok {
 			*v = n
 		}
+	case opCheck: // any number will do
 	}
 }
 
@@ -268,6 +269,7 @@ func (p *pass) maybeWhole(name string, v **uint64) {
 		if n, ok := p.takeWhole(name); ok {
 			*v = &n
 		}
+	case opCheck: // any number will do
 	}
 }
 
@@ -545,6 +547,7 @@ func (p *pass) end() {
 		p.close()
 	case opRead:
 		p.leave()
+	case opCheck: // nothing was opened
 	}
 	p.at = atTop
 }

@@ -252,7 +252,9 @@ func orEmpty[M any](m *M) *M {
 }
 
 // The words of the enums in the JSON form, at their numbers. 0 is unspecified and has none.
-var ( //nolint:gochecknoglobals // tables that nothing writes
+//
+//nolint:gochecknoglobals // tables that nothing writes
+var (
 	channelWords     = [...]string{Channel_CHANNEL_TEXT: "text", Channel_CHANNEL_REASONING: "reasoning"}
 	sessionKindWords = [...]string{SessionKind_SESSION_KIND_CHAT: "chat", SessionKind_SESSION_KIND_WORKFLOW: "workflow"}
 	statusWords      = [...]string{

@@ -347,9 +347,11 @@ type SessionState struct {
 	Created   *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=created,proto3" json:"created,omitempty"`
 	Updated   *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=updated,proto3" json:"updated,omitempty"`
 	// As given when the session was created.
-	MetadataJson  string `protobuf:"bytes,11,opt,name=metadata_json,json=metadataJson,proto3" json:"metadata_json,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	MetadataJson string `protobuf:"bytes,11,opt,name=metadata_json,json=metadataJson,proto3" json:"metadata_json,omitempty"`
+	// There were more producers than are listed; one that is not is looked up in the log.
+	ProducersForgotten bool `protobuf:"varint,12,opt,name=producers_forgotten,json=producersForgotten,proto3" json:"producers_forgotten,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *SessionState) Reset() {
@@ -457,6 +459,13 @@ func (x *SessionState) GetMetadataJson() string {
 		return x.MetadataJson
 	}
 	return ""
+}
+
+func (x *SessionState) GetProducersForgotten() bool {
+	if x != nil {
+		return x.ProducersForgotten
+	}
+	return false
 }
 
 // ProducerState is how far a producer has come in a session.
@@ -1080,7 +1089,7 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\braw_size\x18\t \x01(\rR\arawSize\x12\x18\n" +
 	"\adeleted\x18\n" +
 	" \x01(\bR\adeleted\x12\x16\n" +
-	"\x06frames\x18\v \x03(\x12R\x06frames\"\xba\x03\n" +
+	"\x06frames\x18\v \x03(\x12R\x06frames\"\xeb\x03\n" +
 	"\fSessionState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x19\n" +
 	"\bhead_seq\x18\x02 \x01(\x04R\aheadSeq\x12\x1d\n" +
@@ -1095,7 +1104,8 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\acreated\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x124\n" +
 	"\aupdated\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\aupdated\x12#\n" +
-	"\rmetadata_json\x18\v \x01(\tR\fmetadataJson\"~\n" +
+	"\rmetadata_json\x18\v \x01(\tR\fmetadataJson\x12/\n" +
+	"\x13producers_forgotten\x18\f \x01(\bR\x12producersForgotten\"~\n" +
 	"\rProducerState\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x19\n" +

@@ -117,6 +117,11 @@ var parseRows = []struct{ name, in, want, sentence string }{
 		name: "with exact the white space around it is kept too",
 		in:   "{\"type\":\"user_input\",\"data\":{\"response\": 1\n,\"metadata\":{}},\"exact\":true}",
 	},
+	{
+		name: "every key",
+		in: `{"type":"user_input","timestamp":"2025-11-04T10:00:15Z","seq":7,"id":"01JBVABCDEFGHJKMNPQRSTVWXY","first_seq":6,"request_id":"r","reply_to":3,` +
+			`"producer":{"id":"p","seq":1},"source":{},"data":{"response": 1},"unknown":"oAYB","exact":true}`,
+	},
 	{name: "null is an answer", in: `{"type":"user_input","data":{"response":null}}`},
 	{name: "null is no object", in: `{"type":"user_input","data":{"response":1,"metadata":null}}`, want: `{"type":"user_input","data":{"response":1}}`},
 	{name: "unknown payload", in: `{"type":"unknown","data":{},"unknown":"2gEBeA=="}`},

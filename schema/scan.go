@@ -39,8 +39,8 @@ type Scanned struct {
 	// Where the payload stands in the scanned bytes.
 	payloadFrom, payloadTo int
 
-	hasID, hasTime bool
-	// again: a field that may stand once stands twice, so that only a full decode tells what the bytes mean.
+	hasID, hasTime, hasProducer bool
+	// again: a field that may stand once stands twice, or is not of its type, so that only a full decode tells what the bytes mean.
 	again bool
 	// owned: a field that only the server sets is set.
 	owned bool
@@ -86,6 +86,7 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 	switch num {
 	case fieldSeq, fieldReplyTo, fieldFirstSeq:
 		if typ != protowire.VarintType {
+			s.again = true
 			return nil
 		}
 		if num != fieldReplyTo {
@@ -97,6 +98,7 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 		return nil
 	}
 	if typ != protowire.BytesType {
+		s.again = s.again || num < 32
 		return nil
 	}
 	body, _ := protowire.ConsumeBytes(value)
@@ -112,7 +114,8 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 	case fieldSource:
 		s.owned = true
 	case fieldProducer:
-		return s.Producer.scan(body)
+		s.hasProducer = true
+		return s.scanProducer(body)
 	case fieldRequest:
 		s.RequestID = body
 	default:
@@ -127,7 +130,9 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 	return nil
 }
 
-func (p *ProducerPlace) scan(b []byte) error {
+func (s *Scanned) scanProducer(b []byte) error {
+	p := &s.Producer
+	var last protowire.Number
 	for len(b) > 0 {
 		num, typ, n := protowire.ConsumeTag(b)
 		if n < 0 {
@@ -138,6 +143,8 @@ func (p *ProducerPlace) scan(b []byte) error {
 			return malformed(protowire.ParseError(m))
 		}
 		switch {
+		case num <= last:
+			s.again = true
 		case num == 1 && typ == protowire.BytesType:
 			id, _ := protowire.ConsumeBytes(b[n:])
 			p.ID = string(id)
@@ -145,10 +152,18 @@ func (p *ProducerPlace) scan(b []byte) error {
 			p.Epoch, _ = protowire.ConsumeVarint(b[n:])
 		case num == 3 && typ == protowire.VarintType:
 			p.Seq, _ = protowire.ConsumeVarint(b[n:])
+		default:
+			s.again = true
 		}
+		last = num
 		b = b[n+m:]
 	}
 	return nil
+}
+
+// plain reports whether a producer's place satisfies Validate.
+func (p *ProducerPlace) plain() bool {
+	return p.ID != "" && len(p.ID) <= MaxProducerIDBytes && utf8.ValidString(p.ID) && p.Seq > 0
 }
 
 // parseULID accepts the canonical form only, so that equal ids are equal bytes.
@@ -178,7 +193,7 @@ func NewStamp(source *Source) Stamp {
 	body, err := proto.Marshal(source)
 	if err != nil {
 		// Source holds a checked string and a number: it cannot fail to encode unless the caller broke the contract that strings are UTF-8.
-		panic("schema: a source that cannot be encoded: " + err.Error())
+		panic("schema: a source that cannot be encoded: " + err.Error()) //nolint:forbidigo // the caller's contract
 	}
 	field := protowire.AppendTag(nil, fieldSource, protowire.BytesType)
 	return Stamp{source: protowire.AppendBytes(field, body)}
@@ -205,7 +220,7 @@ func (t Stamp) Accept(raw []byte, now time.Time) (Accepted, error) {
 	if err != nil {
 		return Accepted{}, err
 	}
-	if s.owned || s.again || s.Kind != KindToken || s.RequestID != nil || s.hasTime || s.Producer.ID != "" || !plainToken(s.Payload) {
+	if s.owned || s.again || s.Kind != KindToken || s.RequestID != nil || s.hasTime || s.hasProducer && !s.Producer.plain() || !plainToken(s.Payload) {
 		if raw, s, err = acceptSlowly(raw, s); err != nil {
 			return Accepted{}, err
 		}
@@ -235,6 +250,15 @@ func (t Stamp) AcceptEnvelope(e *Envelope, now time.Time) (Accepted, error) {
 		return Accepted{}, &Refusal{Code: Code_CODE_INVALID_MESSAGE, Message: "The envelope holds text that is not UTF-8.", Err: err}
 	}
 	return t.Accept(raw, now)
+}
+
+// Stored is the reverse of [Accepted.AppendRecord] without the seq, for an envelope that another edge accepted: it is trusted, not validated again.
+func Stored(raw []byte) (Accepted, error) {
+	s, err := Scan(raw)
+	if err != nil {
+		return Accepted{}, err
+	}
+	return Accepted{Bytes: raw, ID: s.ID, Kind: s.Kind, Producer: s.Producer, Payload: s.Payload}, nil
 }
 
 // seqRoom is the most bytes that the seq takes: its tag and a varint.

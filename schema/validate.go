@@ -83,7 +83,7 @@ func CheckPublishCount(n int) error {
 	case n == 0:
 		return Refuse(Code_CODE_INVALID_MESSAGE, "The publish has no envelopes; give it 1 to %d.", MaxPublishEnvelopes)
 	case n > MaxPublishEnvelopes:
-		return Refuse(Code_CODE_TOO_LARGE, "The publish has %d envelopes; at most %d are allowed.", n, MaxPublishEnvelopes)
+		return Refuse(Code_CODE_INVALID_MESSAGE, "The publish has %d envelopes; at most %d are allowed.", n, MaxPublishEnvelopes)
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -63,6 +64,42 @@ func TestRequiredFields(t *testing.T) {
 				sentence := ""
 				if slices.Contains(requiredFields[kind], formName(f)) {
 					sentence = "Missing required field '" + formName(f) + "'"
+				}
+				wantRefusal(t, e.Validate(), Code_CODE_INVALID_MESSAGE, sentence)
+			})
+		}
+	}
+}
+
+// Every text and every free-form field of every payload has the bound that its name promises: ids have 200 bytes, free-form fields are objects unless they
+// are called otherwise.
+func TestFieldBounds(t *testing.T) {
+	t.Parallel()
+	anyJSON := []string{"response_json", "input_json", "arguments_json", "result_json"}
+	for _, kind := range Kinds() {
+		fields := sample(t, kind).ProtoReflect().Descriptor().Fields().ByNumber(protowire.Number(kind)).Message().Fields()
+		for i := range fields.Len() {
+			f := fields.Get(i)
+			if f.Kind() != protoreflect.StringKind || f.IsList() {
+				continue
+			}
+			name := string(f.Name())
+			t.Run(kind.String()+"."+name, func(t *testing.T) {
+				t.Parallel()
+				value, sentence := strings.Repeat("x", MaxIDBytes+1), ""
+				switch {
+				case slices.Contains(anyJSON, name):
+					value = "[]"
+				case strings.HasSuffix(name, "_json"):
+					value, sentence = "[]", "Field '"+formName(f)+"' must be a JSON object."
+				case strings.HasSuffix(name, "_id") || name == "type" || name == "content_type":
+					sentence = "Field '" + name + "' has 201 bytes; at most 200 are allowed."
+				}
+				e := sample(t, kind)
+				payload := e.ProtoReflect().WhichOneof(e.ProtoReflect().Descriptor().Oneofs().ByName("payload"))
+				e.ProtoReflect().Mutable(payload).Message().Set(f, protoreflect.ValueOfString(value))
+				if c := e.GetToolCall(); name == "arguments_delta" {
+					c.ArgumentsJson = ""
 				}
 				wantRefusal(t, e.Validate(), Code_CODE_INVALID_MESSAGE, sentence)
 			})
@@ -178,6 +215,10 @@ func TestValidate(t *testing.T) {
 		{"cancel of an unnamed run", payload(&Envelope_Cancel{Cancel: &Cancel{Target: &Cancel_RunId{}}}), invalid, "Missing required field 'run_id'"},
 		{"cancel of not the session", payload(&Envelope_Cancel{Cancel: &Cancel{Target: &Cancel_Session{}}}), invalid, "Field 'session' of a cancel is true where it is set."},
 		{"a custom type", custom("tokens"), 0, ""},
+		{
+			"custom JSON that is not UTF-8",
+			payload(&Envelope_Custom{Custom: &Custom{Type: "t", ContentType: "application/json", Data: []byte("\"\xff\"")}}), 0, "",
+		},
 		{"a custom type of ours", custom("token"), invalid, `Field 'type' of a custom envelope is "token", a name that Tidemark itself uses; choose another.`},
 		{"another name of ours", custom("waiting_for_input"), invalid, `Field 'type' of a custom envelope is "waiting_for_input", a name that Tidemark itself uses; choose another.`},
 		{"the type of what is unknown", custom("unknown"), invalid, `Field 'type' of a custom envelope is "unknown", a name that Tidemark itself uses; choose another.`},
@@ -241,7 +282,7 @@ func TestPublishValidate(t *testing.T) {
 		{"by neither", &Publish{Envelopes: many(1)}, Code_CODE_INVALID_MESSAGE, "The session's name is empty; give it 1 to 200 bytes."},
 		{"by both", &Publish{Session: "s", Channel: 1, Envelopes: many(1)}, Code_CODE_INVALID_MESSAGE, "A publish names either its session or a channel, not both."},
 		{"of nothing", &Publish{Session: "s"}, Code_CODE_INVALID_MESSAGE, "The publish has no envelopes; give it 1 to 1000."},
-		{"of too many", &Publish{Session: "s", Envelopes: many(1001)}, Code_CODE_TOO_LARGE, "The publish has 1001 envelopes; at most 1000 are allowed."},
+		{"of too many", &Publish{Session: "s", Envelopes: many(1001)}, Code_CODE_INVALID_MESSAGE, "The publish has 1001 envelopes; at most 1000 are allowed."},
 		{"of a bad one", &Publish{Session: "s", Envelopes: []*Envelope{bad}}, Code_CODE_INVALID_MESSAGE, "Missing required field 'message'"},
 		{"with a bad one", &Publish{Session: "s", Envelopes: []*Envelope{good, bad}}, Code_CODE_INVALID_MESSAGE, "Envelope 2 of 2: Missing required field 'message'"},
 		{"with none at its place", &Publish{Session: "s", Envelopes: []*Envelope{nil}}, Code_CODE_UNKNOWN_TYPE, "The envelope has no payload that this version of the server knows."},

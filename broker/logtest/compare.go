@@ -324,6 +324,8 @@ func (p *pair) follow(s *twin, edge int, o broker.FollowOptions) ([2]*reader, bo
 	var readers [2]*reader
 	for i := range p.sides {
 		w, mine := p.on(i, edge, s), o
+		// Asked where the session stands, an edge comes to where it stands; its tail alone may be a moment behind what was acknowledged.
+		w.session()
 		if i == 1 {
 			mine.Epoch = p.epochs[o.Epoch]
 		}

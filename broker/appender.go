@@ -1,0 +1,319 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"tidemark/schema"
+)
+
+// Bounds of what waits for one session's appends (I8); across sessions Config.QueueBytes holds.
+const (
+	maxQueueEnvelopes = 2 * maxFrameEnvelopes
+	maxQueueBytes     = 4 << 20
+	// lossesBeforeHandOver is how many races an appender loses before it asks the winner's edge to append for it.
+	lossesBeforeHandOver = 2
+)
+
+// appender is the group commit of one session in this edge (DESIGN section 4). At most one append is in flight; what arrives meanwhile makes the next frame. Its goroutine lives while there is
+// something to store.
+type appender struct {
+	// Static after construction.
+	log     *JetStreamLog
+	id      schema.SessionID
+	lane    lane
+	subject string
+
+	mu      sync.Mutex
+	queue   []*Submission // waiting for the next frame
+	count   int           // envelopes in the queue
+	size    int           // bytes in the queue
+	room    chan struct{} // closed when something left the queue; nil while nobody waits
+	running bool
+	used    time.Time // when it last had work
+	gone    bool      // the log has forgotten this appender; another one is the session's
+
+	// Owned by run, or by nobody while it is not running.
+	st *state
+	// stale: somebody else's frame is on top of what st knows.
+	stale bool
+	// rival is the edge that last wrote to the session beside us, and rivalAt is when we saw it.
+	rival   string
+	rivalAt time.Time
+	// lean is the rival, once it has won too many races: what is to be appended goes there as long as it writes.
+	lean string
+	buf  []byte
+}
+
+// submit queues a submission, waiting for room. False: the appender is gone, and the submission with another one.
+func (a *appender) submit(ctx context.Context, s *Submission) bool {
+	var timer *time.Timer
+	for {
+		a.mu.Lock()
+		if a.gone {
+			a.mu.Unlock()
+			return false
+		}
+		if a.count == 0 || a.count+len(s.Envelopes) <= maxQueueEnvelopes && a.size+s.size <= maxQueueBytes {
+			a.queue = append(a.queue, s)
+			a.count += len(s.Envelopes)
+			a.size += s.size
+			if !a.running {
+				a.running = true
+				a.log.appending.Go(a.run)
+			}
+			a.mu.Unlock()
+			return true
+		}
+		if a.room == nil {
+			a.room = make(chan struct{})
+		}
+		room := a.room
+		a.mu.Unlock()
+		if timer == nil {
+			timer = time.NewTimer(time.Until(s.deadline))
+			defer timer.Stop()
+		}
+		select {
+		case <-room:
+		case <-timer.C:
+			s.finish(Receipt{}, a.log.unavailable(a.id, errors.New("the session's queue is full")))
+			return true
+		case <-ctx.Done():
+			s.finish(Receipt{}, schema.Refuse(schema.Code_CODE_UNAVAILABLE, "The publish to session %s was given up while it waited for room.", a.id))
+			return true
+		}
+	}
+}
+
+// next takes the submissions of the next frame from the queue; none ends the run.
+func (a *appender) next() []*Submission {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var n, count, size int
+	for _, s := range a.queue {
+		if n > 0 && (count+len(s.Envelopes) > maxFrameEnvelopes || size+s.size > maxFrameBytes || s.tombstone || a.queue[n-1].tombstone) {
+			break
+		}
+		n++
+		count += len(s.Envelopes)
+		size += s.size
+	}
+	a.used = time.Now()
+	if n == 0 {
+		a.running, a.queue = false, nil
+		return nil
+	}
+	batch := a.queue[:n:n]
+	a.queue = a.queue[n:]
+	a.count -= count
+	a.size -= size
+	if a.room != nil {
+		close(a.room)
+		a.room = nil
+	}
+	return batch
+}
+
+func (a *appender) run() {
+	for {
+		batch := a.next()
+		if batch == nil {
+			return
+		}
+		if batch[0].tombstone {
+			a.bury(batch[0])
+			continue
+		}
+		a.store(batch)
+	}
+}
+
+// store sees to it that every submission of the batch is answered.
+func (a *appender) store(batch []*Submission) {
+	ctx, cancel := context.WithDeadlineCause(a.log.storing, batch[0].deadline, errHeldTooLong)
+	defer cancel()
+	losses := 0
+	var retry backoff
+	for len(batch) > 0 {
+		if err := a.know(ctx, &batch); err != nil {
+			if !retry.wait(ctx, err) {
+				a.refuse(batch, err)
+				return
+			}
+			continue
+		}
+		if len(batch) == 0 {
+			return
+		}
+		if edge := a.leaning(batch, losses); edge != "" {
+			var err error
+			if batch, err = a.handOver(ctx, edge, batch); err != nil {
+				// Whether the other edge stores them all the same, the frames that are read before the next race will tell.
+				a.log.logger.Info("hand-over failed; appending here", "session", a.id.String(), "to", edge, "error", err)
+				a.rival, losses = "", 0
+				a.behind()
+			}
+			continue
+		}
+		d := a.draft(ctx, batch)
+		if len(d.taken) == 0 {
+			return
+		}
+		f, data := d.frame(a.log.edge, ulid.Make(), time.Now(), a.buf)
+		a.buf = data
+		seq, err := a.log.store(ctx, a, data, false)
+		switch {
+		case err == nil:
+			f.StreamSeq = seq
+			d.commit(f)
+			a.log.metrics.appended(f.Count, len(data), time.Since(f.Time))
+			for _, t := range d.taken {
+				t.s.finish(t.r, nil)
+			}
+			return
+		case errors.Is(err, errLostRace):
+			// Another frame is on top of ours, or ours is: know tells, by the ids in what was stored meanwhile.
+			d.rollback()
+			batch = d.submissions()
+			losses++
+			a.log.metrics.racesLost.Inc()
+			a.behind()
+		default:
+			d.rollback()
+			// Whether the frame was stored may be unknown: the next append begins with what the log says.
+			a.st = nil
+			a.refuse(d.submissions(), err)
+			return
+		}
+	}
+}
+
+// draft decides about the batch and answers what can be answered at once.
+func (a *appender) draft(ctx context.Context, batch []*Submission) *draft {
+	d := newDraft(a.id, a.st)
+	for _, s := range batch {
+		stored, err := d.add(s, s.size)
+		for l, ok := errors.AsType[*lookup](err); ok; l, ok = errors.AsType[*lookup](err) {
+			if stored, err = a.lookUp(ctx, l); stored == nil && err == nil {
+				stored, err = d.add(s, s.size)
+			}
+		}
+		switch {
+		case err != nil:
+			s.finish(Receipt{}, err)
+		case stored != nil:
+			s.finish(*stored, nil)
+		}
+	}
+	return d
+}
+
+// lookUp finds in the log where a producer's old envelopes went. Nothing: the producer is new, and the state knows that now.
+func (a *appender) lookUp(ctx context.Context, l *lookup) (*Receipt, error) {
+	seq, err := a.log.reader.producerPlace(ctx, a.lane, a.st.epoch, l.place)
+	if err != nil {
+		return nil, err
+	}
+	if seq == 0 && l.forgotten {
+		a.st.meet(l.place.ID)
+		return nil, nil
+	}
+	if seq == 0 {
+		return nil, schema.Refuse(schema.Code_CODE_PRODUCER_GAP,
+			"Producer %q's seq %d was stored in session %s before, but retention has taken it.", l.place.ID, l.place.Seq, a.id)
+	}
+	return &Receipt{Epoch: a.st.epoch, First: seq, Last: seq + uint64(l.count) - 1, Duplicate: true}, nil
+}
+
+func (d *draft) submissions() []*Submission {
+	batch := make([]*Submission, len(d.taken))
+	for i, t := range d.taken {
+		batch[i] = t.s
+	}
+	return batch
+}
+
+// bury ends the session's history with a tombstone.
+func (a *appender) bury(s *Submission) {
+	ctx, cancel := context.WithDeadlineCause(a.log.storing, s.deadline, errHeldTooLong)
+	defer cancel()
+	var retry backoff
+	for {
+		none := []*Submission{}
+		if err := a.know(ctx, &none); err != nil {
+			if retry.wait(ctx, err) {
+				continue
+			}
+			s.finish(Receipt{}, a.log.unavailable(a.id, err))
+			return
+		}
+		if a.st.head == 0 {
+			s.finish(Receipt{}, notFound(a.id))
+			return
+		}
+		f := &frame{Edge: a.log.edge, ID: ulid.Make().String(), Prev: a.st.frame, Deleted: true}
+		f.Epoch, f.First, f.Time = a.st.epoch, a.st.head+1, time.Now()
+		seq, err := a.log.store(ctx, a, f.appendHeader(nil), true)
+		if errors.Is(err, errLostRace) {
+			a.behind()
+			continue
+		}
+		if err == nil {
+			f.StreamSeq = seq
+			err = a.st.foldFrame(f)
+		} else {
+			a.st = nil
+		}
+		s.finish(Receipt{Epoch: f.Epoch}, err)
+		return
+	}
+}
+
+// refuse answers submissions that were not stored, or of which it is not known.
+func (a *appender) refuse(batch []*Submission, err error) {
+	if schema.CodeOf(err) == schema.Code_CODE_INTERNAL {
+		err = a.log.unavailable(a.id, err)
+	}
+	for _, s := range batch {
+		s.finish(Receipt{}, err)
+	}
+}
+
+func notFound(id schema.SessionID) error {
+	return schema.Refuse(schema.Code_CODE_SESSION_NOT_FOUND, "Session %s has no envelope.", id)
+}
+
+// finish answers the submission.
+func (s *Submission) finish(r Receipt, err error) {
+	if s.release != nil {
+		s.release(s.size)
+	}
+	s.Done(r, err)
+}
+
+// errHeldTooLong is the cause when NATS was away for longer than Config.HoldFor.
+var errHeldTooLong = errors.New("broker: held for as long as is allowed")
+
+// backoff waits longer and longer between attempts.
+type backoff struct{ d time.Duration }
+
+// wait waits before the next attempt; false where there shall be none, because ctx has ended or err will not go away.
+func (b *backoff) wait(ctx context.Context, err error) bool {
+	if c := schema.CodeOf(err); c != schema.Code_CODE_UNAVAILABLE && c != schema.Code_CODE_INTERNAL {
+		return false
+	}
+	b.d = min(max(2*b.d, 2*time.Millisecond), 250*time.Millisecond)
+	t := time.NewTimer(b.d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

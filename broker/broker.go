@@ -1,0 +1,151 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/oklog/ulid/v2"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"tidemark/schema"
+)
+
+// BrokerConfig of a [Broker].
+type BrokerConfig struct {
+	Server Server
+	Layout Layout
+	// Name of this process. A broker that comes back under the name of the one that holds a stream's lease takes it at once instead of waiting for it to run out, so a name that stays the
+	// same over restarts must not be used twice at once. Default: a new ULID.
+	Name string
+	// Memory bounds the sessions that the projectors hold, in bytes. Default 64 MiB.
+	Memory int
+	Logger *slog.Logger
+	// Metrics registers the projectors' metrics; none where nil.
+	Metrics prometheus.Registerer
+}
+
+func (c *BrokerConfig) setDefaults() {
+	if c.Name == "" {
+		c.Name = ulid.Make().String()
+	}
+	// A holder is a name and more behind a slash.
+	c.Name = schema.EscapeToken(c.Name)
+	if c.Memory == 0 {
+		c.Memory = 64 << 20
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+}
+
+// Broker is the process with the projections: it lays the deployment out and keeps what is derived from the log. Several may run at once; for each log stream one of them does the work and the others
+// stand by.
+type Broker struct {
+	// Static after construction.
+	cfg     BrokerConfig
+	metrics *projectionMetrics
+}
+
+// NewBroker makes a broker. The error is one in its configuration.
+func NewBroker(cfg BrokerConfig) (*Broker, error) {
+	cfg.setDefaults()
+	if err := cfg.Layout.setDefaults(); err != nil {
+		return nil, err
+	}
+	return &Broker{cfg: cfg, metrics: newProjectionMetrics(cfg.Metrics)}, nil
+}
+
+// Run waits for the server, lays the deployment out, and projects until ctx ends. Then it stores what it has, within seconds, and returns nil. The error is one that waiting does not mend: a deployment
+// that is laid out otherwise. Call it once.
+func (b *Broker) Run(ctx context.Context) error {
+	nc, err := b.cfg.Server.connect(b.cfg.Logger, "projector")
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return err
+	}
+	kv, err := b.prepare(ctx, nc, js)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	r := newReader(nc, b.cfg.Layout.Streams)
+	var wg sync.WaitGroup
+	for i := range b.cfg.Layout.Streams {
+		p := &projector{
+			stream: logStreamName(i), nc: nc, js: js, r: r, budget: b.cfg.Memory / b.cfg.Layout.Streams, logger: b.cfg.Logger, metrics: b.metrics,
+			lease: newLease(kv, logStreamName(i), b.cfg.Name, b.cfg.Logger),
+		}
+		wg.Go(func() { p.run(ctx) })
+	}
+	wg.Wait()
+	return nil
+}
+
+// prepare lays the deployment out, waiting for the server as long as it takes.
+func (b *Broker) prepare(ctx context.Context, nc *nats.Conn, js jetstream.JetStream) (jetstream.KeyValue, error) {
+	var retry backoff
+	for said := false; ; said = true {
+		kv, err := b.layOut(ctx, js)
+		if err == nil {
+			return kv, nil
+		}
+		if nc.IsConnected() && !passing(err) {
+			return nil, err
+		}
+		if !said {
+			b.cfg.Logger.Warn("waiting for NATS", "error", err)
+		}
+		if !retry.wait(ctx, errNotStored) {
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// passing reports whether an answer of NATS, or the lack of one, may be another in a moment.
+func passing(err error) bool {
+	if api, ok := errors.AsType[*jetstream.APIError](err); ok {
+		return api.Code == 503
+	}
+	for _, e := range []error{
+		context.DeadlineExceeded, nats.ErrTimeout, nats.ErrNoResponders, nats.ErrDisconnected, nats.ErrConnectionReconnecting, nats.ErrReconnectBufExceeded,
+		jetstream.ErrNoStreamResponse,
+	} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+func (b *Broker) layOut(ctx context.Context, js jetstream.JetStream) (jetstream.KeyValue, error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if err := provision(ctx, js, b.cfg.Layout); err != nil {
+		return nil, err
+	}
+	storage := jetstream.FileStorage
+	if b.cfg.Layout.Durability == schema.Durability_DURABILITY_MEMORY {
+		storage = jetstream.MemoryStorage
+	}
+	kv, err := js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: projectionBucket, History: 1, Replicas: b.cfg.Layout.Replicas, Storage: storage, Description: "Tidemark's projectors: leases and checkpoints",
+	})
+	if err != nil {
+		return nil, err
+	}
+	if _, err := kv.Create(ctx, listingKey, newListingSecret()); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
+		return nil, err
+	}
+	return kv, nil
+}
