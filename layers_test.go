@@ -19,7 +19,7 @@ type law struct{ of, may, why string }
 var own = []law{
 	{"schema", "", "the words stand below everything, so that anybody may speak them"},
 	{"broker", "schema", "the promises know the words, and neither transports nor processes"},
-	{"internal/natsd", "", "it boots a server and knows nothing of what is stored in it"},
+	{"internal/natsd", "schema", "it boots a server of a durability class and knows nothing of what is stored in it"},
 	{"internal/auth", "schema", "who may do what is decided from the words alone"},
 	{"internal/gateway", "broker schema internal/auth", "one state machine serves every transport, so it knows none"},
 	{"edge-ws", "internal/gateway internal/auth broker schema", "edges stand side by side on the gateway; neither knows the other"},

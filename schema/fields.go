@@ -589,9 +589,7 @@ func (p *pass) refuse(format string, args ...any) {
 
 func (p *pass) missing(name string) { p.refuse("Missing required field '%s'", p.path(name)) }
 
-func (p *pass) wrongType(name, what string) {
-	p.refuse("Field '%s' must be %s.", p.path(name), what)
-}
+func (p *pass) wrongType(name, what string) { p.refuse("Field '%s' must be %s.", p.path(name), what) }
 
 func (p *pass) loneSurrogate(name string) {
 	p.refuse("Field '%s' holds half of a surrogate pair, which is no character.", p.path(name))

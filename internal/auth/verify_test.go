@@ -18,7 +18,7 @@ import (
 	"tidemark/schema"
 )
 
-var secret = []byte("0123456789abcdef0123456789abcdef") //nolint:gochecknoglobals // the tests' key, never written
+var secret = []byte("0123456789abcdef0123456789abcdef")
 
 func verifier(t testing.TB, leeway time.Duration) *auth.Verifier {
 	t.Helper()
