@@ -5,6 +5,7 @@ import (
 	"context"
 	"log/slog"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -34,6 +35,9 @@ type projection struct {
 	size     int // of all sessions, in bytes
 	jobs     []*write
 	jobBytes int
+
+	// What was stored, parts of pages included.
+	pagesStored, recordsStored atomic.Uint64
 }
 
 // guard says whether this projection is still the one to write. The fences make a write by another harmless, except for one: what was deleted must not come back.

@@ -131,8 +131,7 @@ func (e stopError) Unwrap() error { return e.error }
 func (p *projection) storeOne(ctx context.Context, w *write) (done bool, err error) {
 	rev, err := publishFenced(ctx, p.nc, w.subject, w.data, w.rev)
 	if err == nil {
-		p.metrics.stored(w)
-		w.stored(rev)
+		p.wrote(w, rev)
 		return true, nil
 	}
 	if errors.Is(err, nats.ErrMaxPayload) {
@@ -144,6 +143,16 @@ func (p *projection) storeOne(ctx context.Context, w *write) (done bool, err err
 	}
 	p.metrics.conflicts.Inc()
 	return p.settle(ctx, w)
+}
+
+func (p *projection) wrote(w *write, rev uint64) {
+	w.stored(rev)
+	p.metrics.stored(w)
+	if w.kind == writeRecord {
+		p.recordsStored.Add(1)
+	} else {
+		p.pagesStored.Add(1)
+	}
 }
 
 // settle looks at what is there instead of what the write expected.
@@ -178,8 +187,7 @@ func (p *projection) settle(ctx context.Context, w *write) (done bool, err error
 	if err != nil {
 		return false, err
 	}
-	p.metrics.stored(w)
-	w.stored(rev)
+	p.wrote(w, rev)
 	return true, nil
 }
 

@@ -8,8 +8,6 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
-	"github.com/prometheus/client_golang/prometheus"
-	dto "github.com/prometheus/client_model/go"
 
 	"tidemark/schema"
 )
@@ -62,7 +60,6 @@ func Rebuild(ctx context.Context, cfg RebuildConfig) (Rebuilt, error) {
 			}
 		}
 	}
-	b.done.Pages, b.done.Records = valueOf(b.metrics.pages), valueOf(b.metrics.records)
 	return b.done, err
 }
 
@@ -79,14 +76,6 @@ func discoverWithin(ctx context.Context, js jetstream.JetStream, d time.Duration
 	}
 }
 
-func valueOf(c prometheus.Counter) uint64 {
-	var m dto.Metric
-	if c.Write(&m) != nil {
-		return 0
-	}
-	return uint64(m.GetCounter().GetValue())
-}
-
 type rebuild struct {
 	nc      *nats.Conn
 	js      jetstream.JetStream
@@ -100,6 +89,11 @@ func (b *rebuild) projection() *projection {
 	return newProjection(b.nc, b.r, rebuildGuard{b.r}, b.cfg.Memory, b.metrics, b.cfg.Logger)
 }
 
+func (b *rebuild) count(p *projection) {
+	b.done.Pages += p.pagesStored.Load()
+	b.done.Records += p.recordsStored.Load()
+}
+
 // session rebuilds one session, from the frames that are there.
 func (b *rebuild) session(ctx context.Context, id schema.SessionID) error {
 	ln := laneOf(id)
@@ -111,6 +105,7 @@ func (b *rebuild) session(ctx context.Context, id schema.SessionID) error {
 		return notFound(id)
 	}
 	p := b.projection()
+	defer b.count(p)
 	err = b.r.each(ctx, ln, head, 0, func(f *frame) error {
 		b.done.Frames++
 		if err := p.take(ctx, ln.logSubject(), f, time.Now()); err != nil || !p.full() {
@@ -143,6 +138,7 @@ func (b *rebuild) stream(ctx context.Context, name string) error {
 	}
 	defer it.Stop()
 	p := b.projection()
+	defer b.count(p)
 	for pending := uint64(1); pending > 0; {
 		msg, err := it.Next(jetstream.NextContext(ctx))
 		if err != nil {

@@ -214,4 +214,3 @@ func (t *tokenSealer) open(tenant, token string) (uint64, error) {
 	}
 	return 0, &schema.Refusal{Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The page token is not one of this deployment's; begin the listing again without one.", Err: err}
 }
-
