@@ -63,7 +63,7 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 	}
 	if dup {
 		r := Receipt{Epoch: d.st.epoch, First: first, Last: first + uint64(len(s.Envelopes)) - 1, Duplicate: true}
-		if first <= d.st.head {
+		if r.Last <= d.st.head {
 			return &r, nil
 		}
 		d.taken = append(d.taken, answer{s, r})
@@ -86,10 +86,10 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 		e := &s.Envelopes[i]
 		if _, twice := d.st.recent.seqs[e.ID]; twice {
 			// Nothing of the submission was in the window before: it is one of its own.
-			d.st.recent.drop(i, d.head)
+			d.st.recent.drop(i)
 			return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Two envelopes of one publish to session %s have the same id, %s.", d.id, e.ID)
 		}
-		d.st.recent.add(r.First+uint64(i), e.ID)
+		d.st.recent.put(r.First+uint64(i), e.ID)
 	}
 	for i := range s.Envelopes {
 		d.envelopes = append(d.envelopes, &s.Envelopes[i])
@@ -246,25 +246,19 @@ func (d *draft) commit(f *frame) {
 	for i, e := range d.envelopes {
 		d.st.foldPayload(f.First+uint64(i), e.Kind, e.Payload, e.Producer)
 	}
+	d.st.recent.trim()
 	d.st.frame = f.StreamSeq
 }
 
 // rollback leaves the state as it was before the draft.
-func (d *draft) rollback() { d.st.recent.drop(len(d.envelopes), d.st.head) }
+func (d *draft) rollback() { d.st.recent.drop(len(d.envelopes)) }
 
-// drop takes the last n ids out again, so that head is the last seq. What they pushed out at the front stays out: the window is shorter for a while.
-func (w *idWindow) drop(n int, head uint64) {
-	for range n {
-		last := len(w.ids) - 1
-		if last < 0 {
-			break
-		}
-		delete(w.seqs, w.ids[last])
-		w.ids = w.ids[:last]
+// drop takes the last n ids out again, which were put and not trimmed.
+func (w *idWindow) drop(n int) {
+	for _, id := range w.ids[len(w.ids)-n:] {
+		delete(w.seqs, id)
 	}
-	if len(w.ids) == 0 {
-		w.from = head + 1
-	}
+	w.ids = w.ids[:len(w.ids)-n]
 }
 
 // covers reports whether every envelope behind c is in the window.

@@ -218,19 +218,34 @@ func (p *producerState) place(seq uint64) (uint64, bool) {
 
 // add takes in the id of the next seq.
 func (w *idWindow) add(seq uint64, id ulid.ULID) {
+	w.put(seq, id)
+	w.trim()
+}
+
+// put takes in the id of the next seq and forgets none, so that it can be taken out again.
+func (w *idWindow) put(seq uint64, id ulid.ULID) {
+	if seq != w.from+uint64(len(w.ids)) {
+		// Retention took what was before.
+		*w = idWindow{from: seq}
+	}
 	if w.seqs == nil {
 		w.seqs = make(map[ulid.ULID]uint64)
 	}
-	if len(w.ids) == recentIDs {
-		// An id that came again after it had left the window belongs to its newer place.
-		if w.seqs[w.ids[0]] == w.from {
-			delete(w.seqs, w.ids[0])
-		}
-		w.ids = w.ids[1:]
-		w.from++
-	}
 	w.ids = append(w.ids, id)
 	w.seqs[id] = seq
+}
+
+// trim forgets the oldest ids until there are recentIDs.
+func (w *idWindow) trim() {
+	n := max(0, len(w.ids)-recentIDs)
+	for _, id := range w.ids[:n] {
+		// An id that came again after it had left the window belongs to its newer place.
+		if w.seqs[id] == w.from {
+			delete(w.seqs, id)
+		}
+		w.from++
+	}
+	w.ids = w.ids[n:]
 }
 
 // proto is the part of the state that a page carries. The ids are not in it: they are read back from the envelopes.
