@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -89,10 +90,16 @@ func defaultTo[T comparable](v *T, d T) {
 
 // Gateway serves connections. All methods may be called concurrently.
 type Gateway struct {
-	cfg Config
+	// Static after construction.
+	cfg     Config
+	metrics *metrics
 
-	mu       sync.Mutex
-	draining bool
+	mu    sync.Mutex // guards all below
+	conns map[*conn]struct{}
+	// draining is why new connections are refused; nil while they are not.
+	draining *schema.Refusal
+	// empty is closed when the last connection has ended; nil while nobody waits for that.
+	empty chan struct{}
 }
 
 // New checks the configuration and makes a gateway of it. It starts nothing.
@@ -100,7 +107,11 @@ func New(cfg Config) (*Gateway, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	return &Gateway{cfg: cfg}, nil
+	m, err := newMetrics(cfg.Metrics)
+	if err != nil {
+		return nil, fmt.Errorf("gateway: metrics: %w", err)
+	}
+	return &Gateway{cfg: cfg, metrics: m, conns: make(map[*conn]struct{})}, nil
 }
 
 // Serve runs one connection until it is over, and returns when everything it started has ended and the transport is closed. Nil is a clean end: the peer closed in good order, or had no
@@ -108,15 +119,55 @@ func New(cfg Config) (*Gateway, error) {
 //
 // When ctx ends, the connection is cut with going_away.
 func (g *Gateway) Serve(ctx context.Context, p Peer) error {
-	r := schema.Refuse(schema.Code_CODE_UNAVAILABLE, "This edge serves no connections yet.")
-	p.Transport.Close(r.Code, r.Message)
-	return r
+	began := time.Now()
+	c := newConn(ctx, g, p)
+	defer c.stop()
+	if err := g.admit(c); err != nil {
+		g.metrics.closes.WithLabelValues(schema.CodeOf(err).Word()).Inc()
+		r := schema.AsRefusal(err)
+		p.Transport.Close(r.Code, r.Message)
+		return err
+	}
+	protocol := p.Protocol.String()
+	g.metrics.connections.WithLabelValues(protocol).Inc()
+	end := c.run()
+	g.metrics.connections.WithLabelValues(protocol).Dec()
+	g.metrics.closes.WithLabelValues(end.word()).Inc()
+	c.logged(end, began)
+	g.forget(c)
+	return end.err()
 }
 
-// Drain ends all connections without losing anything, and refuses new ones: it says going_away, goes on serving for [Config.DrainGrace], stops reading, waits until the appends in flight
-// are answered ([Config.CloseTimeout]), closes. It returns early when no connection is left, and cuts what is left when ctx ends; the error says how many.
-func (g *Gateway) Drain(ctx context.Context, reason string) error {
+// admit takes the connection in, or says why not.
+func (g *Gateway) admit(c *conn) error {
+	switch p := c.peer; {
+	case c.codec == nil:
+		return schema.Refuse(schema.Code_CODE_UNSUPPORTED_PROTOCOL, "The connection's protocol is not one that the gateway speaks.")
+	case p.Principal == nil && (p.Protocol == SessionJSON || p.Protocol == ProtoPublish || p.Follow != nil):
+		return schema.Refuse(schema.Code_CODE_UNAUTHENTICATED, "This kind of connection needs its token from the beginning.")
+	case p.Protocol == SessionJSON && (p.Follow == nil || p.Session == ""):
+		return schema.Refuse(schema.Code_CODE_INTERNAL, "The session socket needs a session.")
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.draining != nil {
+		return g.draining
+	}
+	if len(g.conns) >= g.cfg.MaxConnections {
+		return schema.Refuse(schema.Code_CODE_LIMIT_EXCEEDED, "This edge has %d connections, as many as it takes; come again later, or use another edge.", len(g.conns))
+	}
+	g.conns[c] = struct{}{}
 	return nil
+}
+
+func (g *Gateway) forget(c *conn) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.conns, c)
+	if len(g.conns) == 0 && g.empty != nil {
+		close(g.empty)
+		g.empty = nil
+	}
 }
 
 // Ready is nil while the gateway takes connections and its log is ready, otherwise a refusal that says why not: for readiness checks.
@@ -124,8 +175,8 @@ func (g *Gateway) Ready() error {
 	g.mu.Lock()
 	draining := g.draining
 	g.mu.Unlock()
-	if draining {
-		return schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge is going away; connect to another.")
+	if draining != nil {
+		return draining
 	}
 	if s := g.cfg.Log.Status(); !s.Ready {
 		return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "%s", s.Reason)

@@ -1,0 +1,203 @@
+package gateway
+
+import (
+	"sync/atomic"
+	"time"
+
+	"tidemark/broker"
+	"tidemark/schema"
+)
+
+// attachment is a follower on a connection.
+//
+//	opening ──> live <──> waiting ──> fetching
+//	   └──────────┴──> ended <──┘────────┘
+type attachment struct {
+	// Static after construction.
+	c       *conn
+	channel uint32 // 0 for the one that the connection was made for
+	id      schema.SessionID
+	options broker.FollowOptions
+
+	queued atomic.Bool // it is in conn.ready
+	detach atomic.Bool // the peer wants no more; set by the reader
+	ended  atomic.Bool // its last frame is written, or about to be; set by the writer
+	back   atomic.Bool // what was opened or fetched is there; set by the task, taken by the writer
+
+	// Owned by the task that opens or fetches until back is set, and by the writer otherwise.
+	follower *broker.Follower
+	batch    broker.Batch
+	err      error
+	dry      bool // the last fetch found nothing
+
+	// Owned by the writer.
+	phase phase
+	// through is the cursor behind all that was written, or passed over by the filter; told is the one that the peer knows.
+	through, told uint64
+	// tellEpoch: the session was empty when it was attached, so that the first events name its history.
+	tellEpoch bool
+}
+
+type phase int
+
+const (
+	opening  phase = iota // the log is asked where the session stands
+	live                  // its envelopes come from memory
+	waiting               // it is behind the tail, and others are fetching
+	fetching              // it reads from the log
+)
+
+// attach handles an [schema.Attach]. The error ends the connection. Called by the reader.
+func (c *conn) attach(m *schema.Attach) error {
+	channel := m.GetChannel()
+	if channel == 0 && m != c.peer.Follow {
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "An attach needs a channel above 0, chosen by the client.")
+	}
+	if old := c.channels[channel]; old != nil && !old.ended.Load() {
+		// An error for this channel would end, in the client's eyes, the attachment that is there.
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Channel %d is open already; wait for its detached frame, or choose another.", channel)
+	}
+	a, err := c.newAttachment(m)
+	if err != nil {
+		if channel == 0 {
+			return err
+		}
+		c.reply(errorFrame(schema.AsRefusal(err), channel))
+		return nil
+	}
+	if c.opening == nil {
+		c.opening = make(chan struct{}, maxOpening)
+		c.channels = make(map[uint32]*attachment, 1)
+	}
+	if len(c.channels) > 2*schema.MaxAttachedSessions {
+		for ch, old := range c.channels {
+			if old.ended.Load() {
+				delete(c.channels, ch)
+			}
+		}
+	}
+	c.channels[channel] = a
+	c.attached.Add(1)
+	c.g.metrics.attachments.Inc()
+	select {
+	case c.opening <- struct{}{}:
+	case <-c.ctx.Done():
+		a.err = c.ctx.Err()
+		a.done()
+		return nil
+	}
+	c.tasks.Go(func() {
+		a.follower, a.err = c.g.cfg.Log.Follow(c.ctx, a.id, a.options)
+		<-c.opening
+		a.done()
+	})
+	return nil
+}
+
+// newAttachment checks what was asked for.
+func (c *conn) newAttachment(m *schema.Attach) (*attachment, error) {
+	if n := c.attached.Load(); n >= schema.MaxAttachedSessions {
+		return nil, schema.Refuse(schema.Code_CODE_LIMIT_EXCEEDED, "The connection follows %d sessions; at most %d are allowed. Detach some, or open another.", n, schema.MaxAttachedSessions)
+	}
+	id, err := schema.ParseSessionID(c.principal.Tenant, m.GetSession())
+	if err != nil {
+		return nil, err
+	}
+	if err := Authorize(c.principal, Follow, id.Name); err != nil {
+		return nil, err
+	}
+	if len(m.GetTypes()) > schema.MaxAttachTypes {
+		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The attach to session %q names %d types; at most %d are allowed.", id.Name, len(m.GetTypes()), schema.MaxAttachTypes)
+	}
+	a := &attachment{c: c, channel: m.GetChannel(), id: id}
+	a.options = broker.FollowOptions{Epoch: m.GetEpoch(), MustExist: m.GetMustExist(), MergeTokens: m.GetMergeTokens(), Wake: a.turn}
+	for _, t := range m.GetTypes() {
+		k, err := schema.ParseType(t)
+		if err != nil {
+			return nil, err
+		}
+		a.options.Kinds = append(a.options.Kinds, k)
+	}
+	switch s := m.GetStart().(type) {
+	case *schema.Attach_AfterSeq:
+		a.options.Start.After = s.AfterSeq
+	case *schema.Attach_Head:
+		a.options.Start.Head = s.Head
+	case *schema.Attach_Last:
+		if s.Last == 0 {
+			return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The attach to session %q asks for the last 0 envelopes; ask for head instead.", id.Name)
+		}
+		a.options.Start.Last = s.Last
+	case *schema.Attach_Since:
+		if err := s.Since.CheckValid(); err != nil {
+			return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The attach to session %q names a time that there is not.", id.Name)
+		}
+		a.options.Start.Since = s.Since.AsTime()
+	}
+	return a, nil
+}
+
+// detached handles a [schema.Detach]. Called by the reader.
+func (c *conn) detached(channel uint32) {
+	a := c.channels[channel]
+	if a == nil || a.ended.Load() {
+		// It ended by itself while the client's frame was on its way, or never was: the answer is the same, so that nobody waits for it.
+		c.reply(&schema.ServerFrame{Frame: &schema.ServerFrame_Detached{Detached: &schema.Detached{Channel: channel}}})
+		return
+	}
+	a.detach.Store(true)
+	a.turn()
+}
+
+// turn puts the attachment into the writer's queue, unless it is there. It is the follower's Wake: called from the tail, it does not block.
+func (a *attachment) turn() {
+	if a.queued.Swap(true) {
+		return
+	}
+	a.c.mu.Lock()
+	a.c.ready = append(a.c.ready, a)
+	a.c.mu.Unlock()
+	a.c.poke()
+}
+
+// done hands the attachment back to the writer, with what its task found.
+func (a *attachment) done() {
+	a.back.Store(true)
+	a.turn()
+}
+
+// fetch reads from the log what is no longer in memory. Nothing but a refusal ends it: while the log is away the attachment waits for it, connected.
+func (a *attachment) fetch() {
+	defer a.done()
+	wait := 5 * time.Millisecond
+	for {
+		before := a.follower.Cursor()
+		a.batch, a.err = a.follower.Fetch(a.c.ctx, fetchBytes)
+		switch {
+		case a.err == nil && (!a.batch.Empty() || a.follower.Cursor() != before):
+			a.dry = false
+			return
+		case a.err == nil && !a.dry:
+			// The tail should have it by now. If it has not, the next read waits a little.
+			a.dry = true
+			return
+		case a.c.ctx.Err() != nil, a.detach.Load(), a.err != nil && schema.CodeOf(a.err) != schema.Code_CODE_UNAVAILABLE:
+			return
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-a.c.ctx.Done():
+			t.Stop()
+			return
+		}
+		wait = min(2*wait, time.Second)
+	}
+}
+
+// close ends the follower. Called by the writer, or when both it and the tasks have ended.
+func (a *attachment) close() {
+	if a.follower != nil {
+		a.follower.Close()
+	}
+}

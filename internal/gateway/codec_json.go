@@ -1,0 +1,108 @@
+package gateway
+
+import (
+	"strconv"
+
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	"tidemark/broker"
+	"tidemark/schema"
+)
+
+// protoJSONCodec speaks [schema.ClientFrame] and [schema.ServerFrame] in protobuf's JSON form.
+type protoJSONCodec struct{}
+
+func (protoJSONCodec) receive(c *conn, msg []byte) error {
+	f := new(schema.ClientFrame)
+	if err := protojson.Unmarshal(msg, f); err != nil {
+		return &schema.Refusal{
+			Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The message is not a frame of the protocol in protobuf's JSON form: " + err.Error(), Err: err,
+		}
+	}
+	return c.receive(f, len(msg))
+}
+
+func (protoJSONCodec) frame(w *writer, f *schema.ServerFrame) {
+	b, err := protojson.MarshalOptions{}.MarshalAppend(w.out.buf, f)
+	if err != nil {
+		w.c.fail(err)
+		return
+	}
+	w.out.buf = b
+	w.out.end()
+}
+
+func (protoJSONCodec) events(w *writer, a *attachment, b *broker.Batch) {
+	epoch := a.epochToTell(b)
+	views := b.Views
+	for {
+		n, _ := fit(views)
+		through := b.Through
+		if n < len(views) {
+			through = views[n-1].To
+		}
+		out := append(w.out.buf, `{"events":{"channel":`...)
+		out = strconv.AppendUint(out, uint64(a.channel), 10)
+		out = append(out, `,"throughSeq":"`...)
+		out = strconv.AppendUint(out, through, 10)
+		out = append(out, '"')
+		if epoch != "" {
+			// A ULID: nothing in it needs an escape.
+			out = append(out, `,"epoch":"`...)
+			out = append(out, epoch...)
+			out = append(out, '"')
+		}
+		out = append(out, `,"envelopes":[`...)
+		comma := false
+		for _, v := range views[:n] {
+			for _, text := range v.Encoded(broker.FormProtoJSON, protoJSONEnvelope) {
+				if comma {
+					out = append(out, ',')
+				}
+				comma = true
+				out = append(out, text...)
+			}
+			w.envelopes += v.Len()
+		}
+		w.out.buf = append(out, "]}}"...)
+		w.out.end()
+		if views = views[n:]; len(views) == 0 {
+			return
+		}
+		epoch = ""
+	}
+}
+
+// protoJSONEnvelope makes protobuf's JSON form of stored bytes.
+func protoJSONEnvelope(raw []byte) []byte {
+	b, err := protojson.Marshal(decoded(raw))
+	if err != nil {
+		// Validated before it was stored; what is left is text that became invalid on disk. The place in the sequence is kept.
+		return []byte("{}")
+	}
+	return b
+}
+
+// decoded is the envelope in stored bytes.
+func decoded(raw []byte) *schema.Envelope {
+	e := new(schema.Envelope)
+	if err := proto.Unmarshal(raw, e); err != nil {
+		// It was scanned and validated before it was stored, so this is damage; its place in the sequence is shown.
+		s, _ := schema.Scan(raw) //nolint:errcheck // what it found before the damage is used
+		e = &schema.Envelope{Seq: s.Seq, Payload: &schema.Envelope_System{System: &schema.System{Message: "This envelope cannot be read: its stored bytes are damaged."}}}
+	}
+	return e
+}
+
+func (p protoJSONCodec) published(w *writer, run []*pending) {
+	m := &schema.Published{Durability: w.c.g.cfg.Log.Status().Durability, Acks: make([]*schema.Ack, 0, len(run))}
+	for _, r := range run {
+		m.Acks = append(m.Acks, &schema.Ack{
+			PublishId: r.id, FirstSeq: r.receipt.First, LastSeq: r.receipt.Last, Duplicate: r.receipt.Duplicate, Epoch: r.epochToTell(),
+		})
+	}
+	p.frame(w, &schema.ServerFrame{Frame: &schema.ServerFrame_Published{Published: m}})
+}
+
+func (p protoJSONCodec) rejected(w *writer, r *pending) { p.frame(w, rejectedFrame(r)) }

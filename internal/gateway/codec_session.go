@@ -1,0 +1,196 @@
+package gateway
+
+import (
+	"encoding/json"
+	"strconv"
+	"strings"
+	"time"
+
+	"tidemark/broker"
+	"tidemark/schema"
+)
+
+// sessionCodec speaks the session socket: one envelope in JSON a message. Its control frames have the shape of envelopes, without seq and id:
+//
+//	{"type":"attached","timestamp":"…","data":{"epoch":"…","first_seq":1,"head_seq":9,"after_seq":4,"status":"running"}}
+//	{"type":"published","timestamp":"…","data":{"id":"…","seq":10,"durability":"fsync","epoch":"…"}}
+//	{"type":"truncated","timestamp":"…","data":{"wanted_seq":1,"first_seq":5}}
+//	{"type":"going_away","timestamp":"…","data":{"reason":"…","grace_ms":1000,"last_seq":9}}
+//	{"type":"error","timestamp":"…","data":{"error":"…","details":"…","code":"…"}}
+type sessionCodec struct{}
+
+func (sessionCodec) receive(c *conn, msg []byte) error {
+	e, err := schema.ParseJSON(msg)
+	if err != nil {
+		return err
+	}
+	p := c.admit(0, len(msg))
+	if p == nil {
+		return nil
+	}
+	a, err := c.stamp.AcceptEnvelope(e, p.came)
+	if err != nil {
+		// A bad message ends this connection, once all that came before it is answered. This one is not in flight.
+		c.inFlight.Add(-1)
+		c.inFlightBytes.Add(-int64(p.size))
+		return err
+	}
+	p.one[0] = a
+	p.Envelopes = p.one[:]
+	if err := c.aim(p, nil, 0); err != nil {
+		p.answer(broker.Receipt{}, err)
+		return nil
+	}
+	c.submit(p)
+	return nil
+}
+
+func (sessionCodec) events(w *writer, _ *attachment, b *broker.Batch) {
+	for _, v := range b.Views {
+		for _, text := range v.Encoded(broker.FormJSON, jsonEnvelope) {
+			w.out.buf = append(w.out.buf, text...)
+			w.out.end()
+		}
+		w.envelopes += v.Len()
+	}
+}
+
+// jsonEnvelope makes the session socket's form of stored bytes.
+func jsonEnvelope(raw []byte) []byte { return schema.AppendJSON(nil, decoded(raw)) }
+
+func (sessionCodec) published(w *writer, run []*pending) {
+	now := time.Now()
+	durability := schema.DurabilityWord(w.c.g.cfg.Log.Status().Durability)
+	for _, p := range run {
+		out := appendControl(w.out.buf, "published", now)
+		out = append(out, `"id":"`...)
+		out = append(out, p.Envelopes[0].ID.String()...)
+		out = append(out, `","seq":`...)
+		out = strconv.AppendUint(out, p.receipt.First, 10)
+		out = append(out, `,"durability":"`...)
+		out = append(out, durability...)
+		out = append(out, '"')
+		if p.receipt.Duplicate {
+			out = append(out, `,"duplicate":true`...)
+		}
+		if epoch := p.epochToTell(); epoch != "" {
+			out = append(out, `,"epoch":"`...)
+			out = append(out, epoch...)
+			out = append(out, '"')
+		}
+		w.out.buf = append(out, "}}"...)
+		w.out.end()
+	}
+}
+
+func (sessionCodec) rejected(w *writer, p *pending) {
+	r := p.refusal
+	data := sessionError{Error: title(r.Code), Details: r.Message, Code: r.Code.Word(), Retryable: r.Code.Rule().Retryable}
+	if len(p.Envelopes) > 0 {
+		data.ID = p.Envelopes[0].ID.String()
+	}
+	switch r.Code {
+	case schema.Code_CODE_PRODUCER_GAP, schema.Code_CODE_PRODUCER_FENCED:
+		data.Expected = new(r.Expected)
+	default:
+	}
+	appendData(w, "error", data)
+}
+
+// The data of control frames.
+type (
+	sessionAttached struct {
+		Epoch    string `json:"epoch"`
+		FirstSeq uint64 `json:"first_seq"`
+		HeadSeq  uint64 `json:"head_seq"`
+		AfterSeq uint64 `json:"after_seq"`
+		Status   string `json:"status"`
+	}
+	sessionTruncated struct {
+		WantedSeq uint64 `json:"wanted_seq"`
+		FirstSeq  uint64 `json:"first_seq"`
+	}
+	sessionGoingAway struct {
+		Reason  string `json:"reason"`
+		GraceMS uint32 `json:"grace_ms"`
+		// LastSeq is the cursor to resume from.
+		LastSeq uint64 `json:"last_seq"`
+	}
+	sessionError struct {
+		Error   string `json:"error"`
+		Details string `json:"details"`
+		Code    string `json:"code"`
+		// ID is the envelope's that was not stored.
+		ID        string  `json:"id,omitempty"`
+		Retryable bool    `json:"retryable,omitempty"`
+		Expected  *uint64 `json:"expected,omitempty"`
+		HeadSeq   *uint64 `json:"head_seq,omitempty"`
+	}
+)
+
+func (sessionCodec) frame(w *writer, f *schema.ServerFrame) {
+	switch m := f.GetFrame().(type) {
+	case *schema.ServerFrame_Attached:
+		a := m.Attached
+		appendData(w, "attached", sessionAttached{
+			Epoch: a.GetEpoch(), FirstSeq: a.GetFirstSeq(), HeadSeq: a.GetHeadSeq(), AfterSeq: a.GetAfterSeq(), Status: statusWord(a.GetStatus()),
+		})
+	case *schema.ServerFrame_Truncated:
+		appendData(w, "truncated", sessionTruncated{WantedSeq: m.Truncated.GetWantedSeq(), FirstSeq: m.Truncated.GetFirstSeq()})
+	case *schema.ServerFrame_GoingAway:
+		data := sessionGoingAway{Reason: m.GoingAway.GetReason(), GraceMS: m.GoingAway.GetGraceMs()}
+		if w.single != nil {
+			data.LastSeq = w.single.through
+		}
+		appendData(w, "going_away", data)
+	case *schema.ServerFrame_Error:
+		e := m.Error
+		appendData(w, "error", sessionError{Error: title(e.GetCode()), Details: e.GetMessage(), Code: e.GetCode().Word(), HeadSeq: e.HeadSeq})
+	default:
+		// The session socket has no welcome, pong, detached and caught_up.
+	}
+}
+
+// appendData appends a control frame.
+func appendData(w *writer, kind string, data any) {
+	text, err := json.Marshal(data)
+	if err != nil {
+		// Strings and numbers only.
+		w.c.fail(err)
+		return
+	}
+	out := appendControl(w.out.buf, kind, time.Now())
+	out = append(out[:len(out)-1], text...)
+	w.out.buf = append(out, '}')
+	w.out.end()
+}
+
+// appendControl begins a control frame, up to and with the brace that opens its data.
+func appendControl(b []byte, kind string, now time.Time) []byte {
+	b = append(b, `{"type":"`...)
+	b = append(b, kind...)
+	b = append(b, `","timestamp":"`...)
+	b = now.UTC().AppendFormat(b, time.RFC3339Nano)
+	return append(b, `","data":{`...)
+}
+
+// title is an error in two or three words, for people.
+func title(c schema.Code) string {
+	switch c {
+	case schema.Code_CODE_INVALID_MESSAGE, schema.Code_CODE_UNKNOWN_TYPE:
+		return "Invalid message format"
+	case schema.Code_CODE_TOO_LARGE:
+		return "Message too large"
+	default:
+		words := strings.ReplaceAll(c.Word(), "_", " ")
+		return strings.ToUpper(words[:1]) + words[1:]
+	}
+}
+
+// statusWord is where a session stands; one without an envelope is open.
+func statusWord(s schema.Status) string {
+	if s == schema.Status_STATUS_UNSPECIFIED {
+		s = schema.Status_STATUS_OPEN
+	}
+	return strings.ToLower(strings.TrimPrefix(s.String(), "STATUS_"))
+}

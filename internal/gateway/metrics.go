@@ -1,0 +1,67 @@
+package gateway
+
+import (
+	"errors"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"tidemark/schema"
+)
+
+// metrics are what the gateway counts. Label values are closed sets: protocols, and the words of codes.
+type metrics struct {
+	connections  *prometheus.GaugeVec
+	attachments  prometheus.Gauge
+	envelopesIn  prometheus.Counter
+	envelopesOut prometheus.Counter
+	bytesIn      prometheus.Counter
+	bytesOut     prometheus.Counter
+	rejects      *prometheus.CounterVec
+	closes       *prometheus.CounterVec
+	// fetches counts the times that a follower was behind the tail and read the log: the fallback of a slow reader (I8).
+	fetches        prometheus.Counter
+	publishSeconds prometheus.Histogram
+}
+
+// newMetrics makes the metrics and registers them, where there is a place to.
+func newMetrics(r prometheus.Registerer) (*metrics, error) {
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Namespace: "tidemark", Subsystem: "gateway", Name: name, Help: help})
+	}
+	m := &metrics{
+		connections: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Namespace: "tidemark", Subsystem: "gateway", Name: "connections", Help: "Connections that are open, by protocol.",
+		}, []string{"protocol"}),
+		attachments: prometheus.NewGauge(prometheus.GaugeOpts{
+			Namespace: "tidemark", Subsystem: "gateway", Name: "attachments", Help: "Followers that are attached.",
+		}),
+		envelopesIn:  counter("received_envelopes_total", "Envelopes that clients published and that were valid."),
+		envelopesOut: counter("sent_envelopes_total", "Envelopes sent to followers."),
+		bytesIn:      counter("received_bytes_total", "Bytes of clients' messages."),
+		bytesOut:     counter("sent_bytes_total", "Bytes of messages to clients."),
+		fetches:      counter("fetches_total", "Times that a follower was behind the tail and read the log."),
+		rejects: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Namespace: "tidemark", Subsystem: "gateway", Name: "rejected_publishes_total", Help: "Publishes that were not stored, by code.",
+		}, []string{"code"}),
+		closes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Namespace: "tidemark", Subsystem: "gateway", Name: "closed_connections_total", Help: "Connections that ended, by reason.",
+		}, []string{"reason"}),
+		publishSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: "tidemark", Subsystem: "gateway", Name: "publish_seconds", Help: "Time from a publish's arrival until its answer is written.",
+			// From what memory takes to what a log that is away takes.
+			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
+		}),
+	}
+	if r == nil {
+		return m, nil
+	}
+	var errs []error
+	for _, c := range []prometheus.Collector{
+		m.connections, m.attachments, m.envelopesIn, m.envelopesOut, m.bytesIn, m.bytesOut, m.rejects, m.closes, m.fetches, m.publishSeconds,
+	} {
+		errs = append(errs, r.Register(c))
+	}
+	return m, errors.Join(errs...)
+}
+
+func (m *metrics) rejected(c schema.Code) { m.rejects.WithLabelValues(c.Word()).Inc() }
