@@ -3,54 +3,6 @@ package schema
 // This file is the one description of an envelope's fields: their names in the JSON form, their order and their rules. A [pass] goes over it in three ways,
 // to write the JSON form, to read it, and to validate, so that the three cannot disagree. PROTOCOL.md says the same for people.
 
-// rule is what a field must satisfy, and how it is written.
-type rule uint8
-
-const (
-	// required: the field is neither absent nor empty.
-	required rule = 1 << iota
-	// ident: at most MaxIDBytes.
-	ident
-	// producerIdent: at most MaxProducerIDBytes.
-	producerIdent
-	// object: the JSON text is an object.
-	object
-	// always: written even where it is empty.
-	always
-)
-
-// op is what a pass does with the fields it goes over.
-type op uint8
-
-const (
-	opWrite op = iota
-	opRead
-	opCheck
-)
-
-// pass goes over the fields of an envelope. It is one struct for all three ways, not an interface: the writer runs for every token, and a call through an
-// interface would put it on the heap.
-type pass struct {
-	op op
-	// err is the first thing found wrong, when reading and checking.
-	err *Refusal
-	at  place
-	// exact: white space around free-form values is part of them. Found out by the writer, told to the reader.
-	exact bool
-
-	// The writer's.
-	out []byte
-	// more: a field was written in this object, so that a comma comes before the next.
-	more bool
-
-	// The reader's: the message, and the keys of it and of the inner object that is being read.
-	in   []byte
-	keys [2]keyList
-
-	// The checker's: the size of what has no fixed size, at most.
-	size int
-}
-
 // envelope goes over the fields that every envelope has. Type, payload and unknown fields are the callers'.
 func (p *pass) envelope(e *Envelope) {
 	p.moment("timestamp", &e.Time)

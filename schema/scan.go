@@ -92,13 +92,16 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 		if num != fieldReplyTo {
 			s.owned = true
 		}
-		if num == fieldSeq {
-			s.Seq, _ = protowire.ConsumeVarint(value)
+		switch v, _ := protowire.ConsumeVarint(value); {
+		case num == fieldSeq:
+			s.Seq = v
+		case num == fieldReplyTo && v == 0:
+			s.again = true
 		}
 		return nil
 	}
 	if typ != protowire.BytesType {
-		s.again = s.again || num < 32
+		s.again = s.again || num < 32 || IsPayload(int32(num))
 		return nil
 	}
 	body, _ := protowire.ConsumeBytes(value)
@@ -125,6 +128,9 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 			}
 			s.Kind, s.Payload = Kind(num), body
 			s.payloadFrom, s.payloadTo = end-len(body), end
+		} else if IsPayload(int32(num)) {
+			// A later version would take it for the payload: Validate refuses it.
+			s.again = true
 		}
 	}
 	return nil

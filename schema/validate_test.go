@@ -294,6 +294,35 @@ func TestPublishValidate(t *testing.T) {
 	}
 }
 
+// The edges' way in, which decodes only what it must, accepts what Validate accepts and nothing else.
+func FuzzAcceptAgreesWithValidate(f *testing.F) {
+	for _, path := range goldenPaths(f) {
+		if strings.Contains(path, "Envelope.") {
+			f.Add(readFile(f, path))
+		}
+	}
+	plain := mustMarshal(f, scanToken("x"))
+	f.Add(mustMarshal(f, unknownFields(scanToken("x"), 27, "a later payload")))
+	f.Add(slices.Concat(plain, []byte{27<<3&0x7f | 0x80, 27 << 3 >> 7, 1})) // the same as a number
+	f.Add(slices.Concat(plain, []byte{7 << 3, 0}))                          // an answer to nothing
+	f.Add(slices.Concat(plain, []byte{7 << 3, 0x80, 0}))                    // the same, padded
+	f.Fuzz(func(t *testing.T, b []byte) {
+		_, refused := testStamp().Accept(b, scanTime)
+		e := new(Envelope)
+		if err := proto.Unmarshal(b, e); err != nil {
+			if refused == nil {
+				t.Fatalf("accepted what cannot be decoded: %v", err)
+			}
+			return
+		}
+		// What the edge drops before it stores.
+		e.Seq, e.Source, e.FirstSeq = 0, nil, nil
+		if err := e.Validate(); (err == nil) != (refused == nil) {
+			t.Fatalf("Validate says %v, Accept says %v", err, refused)
+		}
+	})
+}
+
 // Whatever bytes arrive: what Validate accepts keeps its promises.
 func FuzzEnvelopeValidate(f *testing.F) {
 	for _, path := range goldenPaths(f) {
