@@ -37,6 +37,7 @@ var foreign = []law{
 	{"github.com/nats-io/nats.go", "broker bench", "promises have one keeper; the bench measures raw JetStream beside us"},
 	{"github.com/coder/websocket", "edge-ws bench internal/world .", "WebSocket ends at its edge; the others are clients of it"},
 	{"connectrpc.com/", "edge-grpc bench internal/world schema .", "gRPC ends at its edge; schema holds generated stubs, the others are clients"},
+	{"google.golang.org/grpc", "edge-grpc bench internal/world .", "gRPC ends at its edge; the others are clients of it"},
 }
 
 // TestImportLaw reads what every file imports: downward only, edges side by side, NATS in one place.
