@@ -393,9 +393,9 @@ func TestI8_SlowReaderCostsOnlyItself(t *testing.T) {
 		if took := time.Since(began); took != 0 {
 			t.Errorf("the others waited for %s", took)
 		}
-		before := slow.sends
+		before := slow.sends.Load()
 		slow.wantTexts(1, 1, texts(n)...)
-		if frames := slow.sends - before; frames > 3 {
+		if frames := slow.sends.Load() - before; frames > 3 {
 			t.Errorf("what had gathered came in %d writes", frames)
 		}
 		for _, p := range []*peer{slow, quick, agent} {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -78,7 +79,7 @@ type peer struct {
 	code    schema.Code
 	message string
 	// sends counts calls of Send.
-	sends int
+	sends atomic.Int64
 
 	proto Protocol
 }
@@ -99,7 +100,7 @@ func (p *peer) Receive(ctx context.Context) ([]byte, error) {
 }
 
 func (p *peer) Send(ctx context.Context, messages [][]byte) error {
-	p.sends++
+	p.sends.Add(1)
 	for _, m := range messages {
 		select {
 		case p.out <- append([]byte(nil), m...):
