@@ -39,8 +39,8 @@ type appender struct {
 
 	// Owned by run, or by nobody while it is not running.
 	st *state
-	// stale: somebody else's frame is on top of what st knows.
-	stale bool
+	// stale: the log must be asked whether somebody else's frame is on top of what st knows. confirmed: it was, for the batch in hand.
+	stale, confirmed bool
 	// rival is the edge that last wrote to the session beside us, and rivalAt is when we saw it.
 	rival   string
 	rivalAt time.Time
@@ -138,6 +138,7 @@ func (a *appender) store(batch []*Submission) {
 	ctx, cancel := context.WithDeadlineCause(a.log.storing, batch[0].deadline, errHeldTooLong)
 	defer cancel()
 	losses := 0
+	a.confirmed = false
 	var retry backoff
 	for len(batch) > 0 {
 		if err := a.know(ctx, &batch); err != nil {
@@ -160,7 +161,13 @@ func (a *appender) store(batch []*Submission) {
 			}
 			continue
 		}
-		d := a.draft(ctx, batch)
+		d, sure := a.draft(ctx, batch)
+		if !sure {
+			// Something would be answered without a frame, that is without the fence saying that the state is the newest.
+			d.rollback()
+			a.behind()
+			continue
+		}
 		if len(d.taken) == 0 {
 			return
 		}
@@ -193,13 +200,20 @@ func (a *appender) store(batch []*Submission) {
 	}
 }
 
-// draft decides about the batch and answers what can be answered at once.
-func (a *appender) draft(ctx context.Context, batch []*Submission) *draft {
-	d := newDraft(a.id, a.st)
+// draft decides about the batch and answers what can be answered at once: refusals, and duplicates of what is stored. It does so only where the state was just compared with the log; otherwise it
+// answers nothing and is not sure, if there is anything to answer.
+func (a *appender) draft(ctx context.Context, batch []*Submission) (d *draft, sure bool) {
+	d = newDraft(a.id, a.st)
 	for _, s := range batch {
 		stored, err := d.add(s, s.size)
+		if stored == nil && err == nil {
+			continue
+		}
+		if !a.confirmed {
+			return d, false
+		}
 		for l, ok := errors.AsType[*lookup](err); ok; l, ok = errors.AsType[*lookup](err) {
-			if stored, err = a.lookUp(ctx, l); stored == nil && err == nil {
+			if stored, err = a.lookUp(ctx, d, s, l); stored == nil && err == nil {
 				stored, err = d.add(s, s.size)
 			}
 		}
@@ -210,24 +224,7 @@ func (a *appender) draft(ctx context.Context, batch []*Submission) *draft {
 			s.finish(*stored, nil)
 		}
 	}
-	return d
-}
-
-// lookUp finds in the log where a producer's old envelopes went. Nothing: the producer is new, and the state knows that now.
-func (a *appender) lookUp(ctx context.Context, l *lookup) (*Receipt, error) {
-	seq, err := a.log.reader.producerPlace(ctx, a.lane, a.st.epoch, l.place)
-	if err != nil {
-		return nil, err
-	}
-	if seq == 0 && l.forgotten {
-		a.st.meet(l.place.ID)
-		return nil, nil
-	}
-	if seq == 0 {
-		return nil, schema.Refuse(schema.Code_CODE_PRODUCER_GAP,
-			"Producer %q's seq %d was stored in session %s before, but retention has taken it.", l.place.ID, l.place.Seq, a.id)
-	}
-	return &Receipt{Epoch: a.st.epoch, First: seq, Last: seq + uint64(l.count) - 1, Duplicate: true}, nil
+	return d, true
 }
 
 func (d *draft) submissions() []*Submission {
@@ -243,6 +240,7 @@ func (a *appender) bury(s *Submission) {
 	ctx, cancel := context.WithDeadlineCause(a.log.storing, s.deadline, errHeldTooLong)
 	defer cancel()
 	var retry backoff
+	a.confirmed = false
 	for {
 		none := []*Submission{}
 		if err := a.know(ctx, &none); err != nil {
@@ -251,6 +249,10 @@ func (a *appender) bury(s *Submission) {
 			}
 			s.finish(Receipt{}, a.log.unavailable(a.id, err))
 			return
+		}
+		if a.st.head == 0 && !a.confirmed {
+			a.behind()
+			continue
 		}
 		if a.st.head == 0 {
 			s.finish(Receipt{}, notFound(a.id))

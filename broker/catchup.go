@@ -21,9 +21,12 @@ func (a *appender) know(ctx context.Context, batch *[]*Submission) error {
 		if err != nil {
 			return err
 		}
-		a.st, err = a.log.reader.state(ctx, a.lane, head)
-		a.stale = false
-		return err
+		st, err := a.log.reader.state(ctx, a.lane, head)
+		if err != nil {
+			return err
+		}
+		a.st, a.stale = st, false
+		return nil
 	}
 	if !a.stale {
 		return a.fromTail(batch)
@@ -35,11 +38,11 @@ func (a *appender) know(ctx context.Context, batch *[]*Submission) error {
 	if err := a.catchUp(ctx, head, batch); err != nil {
 		return err
 	}
-	a.stale = false
+	a.stale, a.confirmed = false, true
 	return nil
 }
 
-// behind notes that somebody else's frame is on top of what the state knows.
+// behind notes that somebody else's frame may be on top of what the state knows.
 func (a *appender) behind() { a.stale = true }
 
 // fromTail folds what the tail has of other writers' frames, so that an appender that was idle does not lose a race to learn of them.
@@ -121,18 +124,24 @@ func (a *appender) answerStored(f *frame, batch *[]*Submission) {
 			waiting[s.Envelopes[0].ID] = i
 		}
 	}
-	var done map[int]bool
-	for seq, raw := range f.All().Each() {
+	ids := make([]ulid.ULID, 0, f.Count)
+	for _, raw := range f.All().Each() {
 		e, err := schema.Scan(raw)
 		if err != nil {
-			continue
+			return
 		}
-		i, ok := waiting[e.ID]
-		if !ok {
+		ids = append(ids, e.ID)
+	}
+	var done map[int]bool
+	for at, id := range ids {
+		i, ok := waiting[id]
+		if !ok || !(*batch)[i].is(ids[at:]) {
 			continue
 		}
 		s := (*batch)[i]
-		s.finish(Receipt{Epoch: f.Epoch, First: seq, Last: seq + uint64(len(s.Envelopes)) - 1}, nil)
+		first := f.First + uint64(at)
+		// In a frame of another edge it is an earlier try of the client, or a hand-over whose answer was lost, which is the same to it.
+		s.finish(Receipt{Epoch: f.Epoch, First: first, Last: first + uint64(len(s.Envelopes)) - 1, Duplicate: f.Edge != a.log.edge}, nil)
 		if done == nil {
 			done = make(map[int]bool)
 		}
@@ -147,4 +156,17 @@ func (a *appender) answerStored(f *frame, batch *[]*Submission) {
 		}
 		*batch = left
 	}
+}
+
+// is reports whether the ids begin with those of the submission's envelopes. A publish lands in one frame, so they are all there or none is.
+func (s *Submission) is(ids []ulid.ULID) bool {
+	if len(ids) < len(s.Envelopes) {
+		return false
+	}
+	for i := range s.Envelopes {
+		if s.Envelopes[i].ID != ids[i] {
+			return false
+		}
+	}
+	return true
 }

@@ -17,23 +17,17 @@ func truncatable(config func(*broker.Config)) func(t *testing.T) logtest.Instanc
 	return func(t *testing.T) logtest.Instance {
 		s := newSubstrate(t)
 		s.config = config
-		return logtest.Instance{
-			Log:      s.open(),
-			OpenEdge: func(*testing.T) broker.Log { return s.open() },
-			Restart: func(*testing.T) broker.Log {
-				s.stop()
-				s.start()
-				return s.open()
-			},
-			Truncate: func(t *testing.T, id schema.SessionID, first uint64) uint64 {
-				t.Helper()
-				left, err := broker.TruncateSession(t.Context(), s.server(), id, first)
-				if err != nil {
-					t.Fatal(err)
-				}
-				return left
-			},
+		in := s.instance()
+		in.Truncate = func(t *testing.T, id schema.SessionID, first uint64) uint64 {
+			t.Helper()
+			s.settle(t)
+			left, err := broker.TruncateSession(t.Context(), s.server(), id, first)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return left
 		}
+		return in
 	}
 }
 

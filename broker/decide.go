@@ -38,7 +38,6 @@ type answer struct {
 // lookup says that only the log knows whether, and where, a producer's envelope is stored: it was stored long ago, or the producer may be one that was forgotten.
 type lookup struct {
 	place schema.ProducerPlace
-	count int
 	// forgotten: the producer is not known, and may be new.
 	forgotten bool
 }
@@ -113,10 +112,12 @@ func (d *draft) duplicate(s *Submission) (first uint64, dup bool, err error) {
 		e := &s.Envelopes[i]
 		seq, ok := d.st.recent.seqs[e.ID]
 		if !ok && e.Producer.ID != "" {
-			if seq, ok, err = d.placeOf(e.Producer); err != nil {
-				l := err.(*lookup) //nolint:errorlint,errcheck // placeOf returns nothing else
-				l.count = len(s.Envelopes)
-				return 0, false, l
+			seq, ok, err = d.placeOf(e.Producer)
+			if err != nil && found < i {
+				return 0, false, d.inPart(s)
+			}
+			if err != nil {
+				return 0, false, err
 			}
 		}
 		if !ok {
@@ -137,11 +138,16 @@ func (d *draft) duplicate(s *Submission) (first uint64, dup bool, err error) {
 	case len(s.Envelopes):
 		return first, true, nil
 	}
+	return 0, false, d.inPart(s)
+}
+
+// inPart refuses a submission that is stored in part: no retry of a publish, which is stored as a whole.
+func (d *draft) inPart(s *Submission) error {
 	if p := s.Envelopes[0].Producer; p.ID != "" {
-		return 0, false, d.gap(p, d.headOf(p.ID).last+1)
+		return d.gap(p, d.headOf(p.ID).last+1)
 	}
-	return 0, false, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE,
-		"Some, but not all, of the envelopes' ids are in session %s already; a retry must hold the same envelopes as the first try, and a new envelope needs a new id.", d.id)
+	return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE,
+		"Some, but not all, of the envelopes are in session %s already, or they stand apart there; a retry must hold the same envelopes as the first try, and a new envelope needs a new id.", d.id)
 }
 
 // placeOf is where a producer's envelope is stored, if it is.

@@ -9,7 +9,8 @@ import (
 	"tidemark/schema"
 )
 
-// TruncateSession takes away the session's frames that end before seq first, as retention does, and returns the oldest seq that is left; 0 where there is none. Pages are left as they are.
+// TruncateSession takes away the session's frames that end before seq first, as retention does, and the pages that do, and returns the oldest seq that is left, which is
+// the first of a page where there is one.
 func TruncateSession(ctx context.Context, s Server, id schema.SessionID, first uint64) (uint64, error) {
 	conn, err := s.connect(slog.New(slog.DiscardHandler), "truncate")
 	if err != nil {
@@ -42,9 +43,33 @@ func TruncateSession(ctx context.Context, s Server, id schema.SessionID, first u
 		if err != nil {
 			return 0, err
 		}
-		if f.Last() >= first || msg.Sequence == last.Sequence {
-			return f.First, stream.Purge(ctx, jetstream.WithPurgeSubject(ln.logSubject()), jetstream.WithPurgeSequence(msg.Sequence))
+		if !f.Deleted && f.Last() >= first || msg.Sequence == last.Sequence {
+			if err := stream.Purge(ctx, jetstream.WithPurgeSubject(ln.logSubject()), jetstream.WithPurgeSequence(msg.Sequence)); err != nil {
+				return 0, err
+			}
+			return truncatePages(ctx, js, newReader(conn, streams), ln, f)
 		}
 		seq = msg.Sequence
 	}
+}
+
+// truncatePages takes away the session's pages before the one that the frame begins in, and returns the oldest seq that is left, in that page or in the frame.
+func truncatePages(ctx context.Context, js jetstream.JetStream, r *reader, ln lane, oldest *frame) (uint64, error) {
+	stream, err := js.Stream(ctx, r.pageOf(ln))
+	if err != nil {
+		return 0, err
+	}
+	slot := slotOf(oldest.First)
+	for gone := range slot {
+		for _, subject := range []string{ln.pageSubject(gone, 0), ln.pageSubject(gone, 0) + ".>"} {
+			if err := stream.Purge(ctx, jetstream.WithPurgeSubject(subject)); err != nil {
+				return 0, err
+			}
+		}
+	}
+	p, err := r.pageIn(ctx, ln, oldest.Epoch, slot)
+	if p == nil || err != nil {
+		return oldest.First, err
+	}
+	return min(p.first, oldest.First), nil
 }

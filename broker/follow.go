@@ -75,6 +75,7 @@ func (f *tailFollower) beginAt(ctx context.Context, o FollowOptions) (Attachment
 	}
 	if o.startsAtTime() {
 		at.After, err = f.since(ctx, g, o.Start.Since)
+		at.After = max(at.After, at.First-1)
 	}
 	return at, err
 }
@@ -167,17 +168,18 @@ func (l *JetStreamLog) tailReaches(ctx context.Context, t *tail, seq uint64) err
 	return nil
 }
 
-// since is the seq behind which the first frame stored at or after t begins.
+// since is the seq behind which the first frame stored at or after t begins; the head where there is none.
 func (f *tailFollower) since(ctx context.Context, g glance, t time.Time) (uint64, error) {
-	for i, b := range g.frames {
-		if !b.Time.Before(t) && (i > 0 || g.before == 0) {
+	// The tail can tell where it holds a frame from before t, or all there are.
+	if n := len(g.frames); n == 0 || g.before > 0 && !g.frames[0].Time.Before(t) {
+		return f.log.reader.since(ctx, f.lane, t, nil)
+	}
+	for _, b := range g.frames {
+		if !b.Time.Before(t) {
 			return b.First - 1, nil
 		}
 	}
-	if n := len(g.frames); n > 0 && g.frames[n-1].Time.Before(t) {
-		return g.head, nil
-	}
-	return f.log.reader.since(ctx, f.lane, t, nil)
+	return g.head, nil
 }
 
 // read implements source.
@@ -214,9 +216,8 @@ func (l *JetStreamLog) folded(ctx context.Context, ln lane, t *tail, at *tailLan
 		// The frame that the oldest one here stands on is the head of what is behind the tail.
 		behind, err := l.frameAt(ctx, ln, g.frames[0].Prev)
 		if errors.Is(err, errGone) {
-			// Retention took what came before: the state is what is left.
-			st = newState()
-			break
+			// Retention took it, but pages may remember.
+			behind, err = g.frames[len(g.frames)-1], nil
 		}
 		if err != nil {
 			return nil, err

@@ -22,11 +22,8 @@ type substrate struct {
 }
 
 func newSubstrate(t *testing.T) *substrate {
-	s := &substrate{t: t, dir: t.TempDir(), layout: broker.Layout{Durability: schema.Durability_DURABILITY_FSYNC, Streams: 2}}
+	s := &substrate{t: t, dir: t.TempDir(), layout: broker.Layout{Durability: schema.Durability_DURABILITY_FSYNC, Streams: 2, MaxAge: 100 * 365 * 24 * time.Hour}} // a file store ages by the real clock, the bubble begins in 2000
 	s.start()
-	if err := broker.Provision(t.Context(), s.server(), s.layout); err != nil {
-		t.Fatal(err)
-	}
 	t.Cleanup(s.stop)
 	return s
 }
@@ -39,6 +36,36 @@ func (s *substrate) start() {
 		s.t.Fatal(err)
 	}
 	s.node = node
+	b, err := broker.NewBroker(broker.BrokerConfig{Server: s.server(), Layout: s.layout, Name: "broker"})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	over := make(chan error, 1)
+	go func() { over <- b.Run(ctx) }()
+	s.closers = append(s.closers, func() {
+		cancel()
+		if err := <-over; err != nil {
+			s.t.Error(err)
+		}
+	})
+}
+
+// settle waits until the projectors have stored what they derive from idle sessions.
+func (s *substrate) settle(*testing.T) { time.Sleep(5 * time.Second) } // of the bubble
+
+// instance is the substrate as the suite wants it, with one edge open.
+func (s *substrate) instance() logtest.Instance {
+	return logtest.Instance{
+		Log:      s.open(),
+		OpenEdge: func(*testing.T) broker.Log { return s.open() },
+		Settle:   s.settle,
+		Restart: func(*testing.T) broker.Log {
+			s.stop()
+			s.start()
+			return s.open()
+		},
+	}
 }
 
 // stop closes all logs and stops the node.
@@ -88,17 +115,6 @@ func (s *substrate) open() *broker.JetStreamLog {
 }
 
 // jetStream opens a JetStreamLog for the suite.
-func jetStream(t *testing.T) logtest.Instance {
-	s := newSubstrate(t)
-	return logtest.Instance{
-		Log:      s.open(),
-		OpenEdge: func(*testing.T) broker.Log { return s.open() },
-		Restart: func(*testing.T) broker.Log {
-			s.stop()
-			s.start()
-			return s.open()
-		},
-	}
-}
+func jetStream(t *testing.T) logtest.Instance { return newSubstrate(t).instance() }
 
 func TestJetStreamLog(t *testing.T) { logtest.Run(t, jetStream) }

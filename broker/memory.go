@@ -385,13 +385,18 @@ func (l *MemoryLog) Delete(_ context.Context, id schema.SessionID) error {
 	return nil
 }
 
-// Truncate takes the envelopes before seq first away, as retention does: whole publishes, and never the last. It returns the oldest seq that is left, 0 where there is no session.
+// Truncate takes the envelopes before seq first away, as retention does, and never the last. It returns the oldest seq that is left, 0 where there is no session.
 func (l *MemoryLog) Truncate(id schema.SessionID, first uint64) uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	m := l.sessions[id]
-	for m != nil && len(m.blocks) > 1 && m.blocks[0].Last() < first {
-		m.blocks = m.blocks[1:]
+	first = min(first, m.head())
+	for m.first() < first {
+		b := m.blocks[0]
+		if m.blocks = m.blocks[1:]; b.Last() >= first {
+			v := b.After(first - 1)
+			m.blocks = append([]*Block{{Epoch: b.Epoch, First: v.From, Count: v.Len(), Region: v.Records(), Time: b.Time}}, m.blocks...)
+		}
 	}
 	return m.first()
 }

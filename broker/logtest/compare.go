@@ -85,6 +85,8 @@ type twin struct {
 	epochs []string
 	head   uint64
 	next   map[string]schema.ProducerPlace
+	// truncated: retention took a part of this history.
+	truncated bool
 	// followers are open on both sides.
 	followers [][2]*reader
 }
@@ -167,7 +169,9 @@ func (p *pair) produced(s *twin) []schema.Accepted {
 	epoch, seq := at.Epoch, at.Seq+1
 	switch p.rng.IntN(8) {
 	case 0:
-		seq = uint64(1 + p.rng.IntN(int(seq)+2))
+		if from := uint64(1 + p.rng.IntN(int(seq)+2)); from > at.Seq || !s.truncated {
+			seq = from
+		}
 	case 1:
 		epoch, seq = epoch+1, 1
 	case 2:
@@ -443,7 +447,7 @@ func (p *pair) delete(s *twin, edge int) {
 	if !p.sameError(errs[0], errs[1]) {
 		p.Fatalf("deleting %s gave %v and %v", s.id, errs[0], errs[1])
 	}
-	s.sent, s.head, s.next = nil, 0, map[string]schema.ProducerPlace{}
+	s.sent, s.head, s.next, s.truncated = nil, 0, map[string]schema.ProducerPlace{}, false
 }
 
 // restart restarts the logs that can be, and so ends all followers.
@@ -474,4 +478,6 @@ func (p *pair) truncate(s *twin) {
 		p.Fatalf("truncated, session %s begins at %d and %d", s.id, x, first)
 	}
 	p.restart()
+	// What was taken away cannot be recognised for sure.
+	s.sent, s.truncated = nil, first > 1
 }
