@@ -15,6 +15,8 @@ import (
 const (
 	maxQueueEnvelopes = 2 * maxFrameEnvelopes
 	maxQueueBytes     = 4 << 20
+	// keepBuffer is the largest buffer that stays with an idle appender, in bytes.
+	keepBuffer = 16 << 10
 	// lossesBeforeHandOver is how many races an appender loses before it asks the winner's edge to append for it.
 	lossesBeforeHandOver = 2
 )
@@ -106,6 +108,9 @@ func (a *appender) next() []*Submission {
 	a.used = time.Now()
 	if n == 0 {
 		a.running, a.queue = false, nil
+		if cap(a.buf) > keepBuffer {
+			a.buf = nil
+		}
 		return nil
 	}
 	batch := a.queue[:n:n]
