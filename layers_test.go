@@ -25,7 +25,8 @@ var own = []law{
 	{"edge-ws", "internal/gateway internal/auth broker schema", "edges stand side by side on the gateway; neither knows the other"},
 	{"edge-grpc", "internal/gateway internal/auth broker schema", "edges stand side by side on the gateway; neither knows the other"},
 	{"replay", "broker schema", "it reads the log for people and serves nobody"},
-	{"bench", "schema internal/recording", "it loads over sockets only, as a client from outside would"},
+	{"bench", "schema internal/client internal/recording", "it loads over sockets only, as a client from outside would"},
+	{"internal/client", "schema", "it knows of an edge what the protocol says"},
 	{"internal/recording", "schema", "it says in our words what providers streamed"},
 	{"internal/world", "*", "the test world boots everything"},
 	{".", "*", "the binary puts everything together"},
@@ -35,9 +36,9 @@ var own = []law{
 var foreign = []law{
 	{"github.com/nats-io/nats-server/", "internal/natsd", "a second place would be a second configuration of the server"},
 	{"github.com/nats-io/nats.go", "broker bench", "promises have one keeper; the bench measures raw JetStream beside us"},
-	{"github.com/coder/websocket", "edge-ws bench internal/world .", "WebSocket ends at its edge; the others are clients of it"},
-	{"connectrpc.com/", "edge-grpc bench internal/world schema .", "gRPC ends at its edge; schema holds generated stubs, the others are clients"},
-	{"google.golang.org/grpc", "edge-grpc bench internal/world .", "gRPC ends at its edge; the others are clients of it"},
+	{"github.com/coder/websocket", "edge-ws internal/client internal/world bench", "WebSocket ends at its edge; the others are clients of it"},
+	{"google.golang.org/grpc", "edge-grpc internal/client internal/world bench", "gRPC ends at its edge; the others are clients of it"},
+	{"connectrpc.com/", "edge-grpc internal/client internal/world bench schema", "the same; schema holds the generated stubs"},
 }
 
 // TestImportLaw reads what every file imports: downward only, edges side by side, NATS in one place.
