@@ -150,13 +150,28 @@ func (g *Gateway) admit(c *conn) error {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if err := g.admits(); err != nil {
+		return err
+	}
+	g.conns[c] = struct{}{}
+	return nil
+}
+
+// Admits is nil while the gateway takes connections, otherwise a refusal with going_away or limit_exceeded: for transports that can say so before the connection is made.
+func (g *Gateway) Admits() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.admits()
+}
+
+// admits is Admits. The caller holds mu.
+func (g *Gateway) admits() error {
 	if g.draining != nil {
 		return g.draining
 	}
 	if len(g.conns) >= g.cfg.MaxConnections {
 		return schema.Refuse(schema.Code_CODE_LIMIT_EXCEEDED, "This edge has %d connections, as many as it takes; come again later, or use another edge.", len(g.conns))
 	}
-	g.conns[c] = struct{}{}
 	return nil
 }
 
@@ -172,11 +187,8 @@ func (g *Gateway) forget(c *conn) {
 
 // Ready is nil while the gateway takes connections and its log is ready, otherwise a refusal that says why not: for readiness checks.
 func (g *Gateway) Ready() error {
-	g.mu.Lock()
-	draining := g.draining
-	g.mu.Unlock()
-	if draining != nil {
-		return draining
+	if err := g.Admits(); err != nil {
+		return err
 	}
 	if s := g.cfg.Log.Status(); !s.Ready {
 		return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "%s", s.Reason)

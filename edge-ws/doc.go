@@ -1,0 +1,15 @@
+// Package edgews is the WebSocket and HTTP edge: it upgrades requests, moves whole messages between sockets and the gateway, and knows nothing of what they say.
+//
+//	GET /v1/connect   many sessions over one socket; subprotocol tidemark.v1.proto (binary frames) or tidemark.v1.json (text frames)
+//	GET /ws           the session socket: one session, one envelope a text frame, ?sessionName=&token=&lastSeq=N|latest&epoch=E
+//	GET /healthz      200 while the process lives
+//	GET /readyz       200 while connections are taken and the log is ready, 503 otherwise
+//	GET /metrics      Prometheus
+//
+// Promise: tokens, origins and parameters are checked before the upgrade; what is refused there is answered with a status, a code and a sentence in JSON. After it, every end has a close
+// code of RFC 6455 and a reason that begins with the code's word. A peer that answers no ping, or takes nothing, is closed with a reason.
+//
+// What it does not do: listen (the binary runs the http.Server), or drain ([gateway.Gateway.Drain] does, for all edges of the process).
+//
+// Cancellation: a connection is cut when the context of its request ends, which is the server's base context.
+package edgews

@@ -1,0 +1,203 @@
+package edgews
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/coder/websocket"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"tidemark/internal/auth"
+	"tidemark/internal/gateway"
+	"tidemark/schema"
+)
+
+// DefaultPingInterval keeps a connection open through proxies, which commonly cut what is silent for 60 s.
+const DefaultPingInterval = 30 * time.Second
+
+// The subprotocols of /v1/connect.
+const (
+	SubprotocolProto = "tidemark.v1.proto"
+	SubprotocolJSON  = "tidemark.v1.json"
+)
+
+// Config says how the edge serves.
+type Config struct {
+	// Gateway serves the connections. Required.
+	Gateway *gateway.Gateway
+	// Verify says who the bearer of a token is. Required. The error is a [*schema.Refusal].
+	Verify func(token string) (*auth.Principal, error)
+	// Origins are the web pages that browsers may connect from, beside those of the edge's own host: patterns of [path.Match] for a host (app.example.com, *.example.com) or, with a scheme,
+	// for an origin (https://app.example.com). "*" is every page: tokens alone protect then. Default: none. Clients that are no browsers send no origin and are not asked.
+	Origins []string
+	// PingInterval is how often a peer is pinged; it is closed (peer_dead) when two pings in a row went unanswered. Default [DefaultPingInterval].
+	PingInterval time.Duration
+	// Metrics is what /metrics shows. Optional.
+	Metrics prometheus.Gatherer
+	// Logger gets what happens, never tokens or queries. Default: discarded.
+	Logger *slog.Logger
+}
+
+// Edge is the WebSocket and HTTP edge. Its handlers may be called concurrently.
+type Edge struct {
+	cfg Config
+	mux *http.ServeMux
+}
+
+// New checks the configuration and makes an edge of it. It starts nothing.
+func New(cfg Config) (*Edge, error) {
+	if cfg.Gateway == nil || cfg.Verify == nil {
+		return nil, errors.New("edgews: Config needs Gateway and Verify")
+	}
+	for _, pattern := range cfg.Origins {
+		if _, err := path.Match(pattern, ""); err != nil {
+			return nil, fmt.Errorf("edgews: the origin %q is not a pattern: %w", pattern, err)
+		}
+	}
+	if cfg.PingInterval == 0 {
+		cfg.PingInterval = DefaultPingInterval
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Metrics == nil {
+		cfg.Metrics = prometheus.NewRegistry()
+	}
+	e := &Edge{cfg: cfg, mux: http.NewServeMux()}
+	e.mux.HandleFunc("GET /v1/connect", e.connect)
+	e.mux.HandleFunc("GET /ws", e.session)
+	e.mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, state{State: "alive"}) })
+	e.mux.HandleFunc("GET /readyz", e.ready)
+	e.mux.Handle("GET /metrics", promhttp.HandlerFor(cfg.Metrics, promhttp.HandlerOpts{}))
+	return e, nil
+}
+
+// Handler serves all of the edge's paths.
+func (e *Edge) Handler() http.Handler { return e.mux }
+
+// connect serves the multiplexed connection.
+func (e *Edge) connect(w http.ResponseWriter, r *http.Request) {
+	if !e.admit(w, r) {
+		return
+	}
+	peer := gateway.Peer{Remote: r.RemoteAddr}
+	subprotocol := ""
+	for _, offered := range offers(r) {
+		switch offered {
+		case SubprotocolProto:
+			peer.Protocol = gateway.Proto
+		case SubprotocolJSON:
+			peer.Protocol = gateway.ProtoJSON
+		default:
+			continue
+		}
+		subprotocol = offered
+		break
+	}
+	if subprotocol == "" {
+		refuse(w, schema.Refuse(schema.Code_CODE_UNSUPPORTED_PROTOCOL,
+			"The request offers no subprotocol that this edge speaks; offer %s or %s in Sec-WebSocket-Protocol.", SubprotocolProto, SubprotocolJSON))
+		return
+	}
+	if token := auth.FromRequest(r); token != "" {
+		p, err := e.cfg.Verify(token)
+		if err != nil {
+			refuse(w, err)
+			return
+		}
+		peer.Principal = p
+	}
+	e.serve(w, r, peer, subprotocol)
+}
+
+// session serves the session socket.
+func (e *Edge) session(w http.ResponseWriter, r *http.Request) {
+	if !e.admit(w, r) {
+		return
+	}
+	p, err := e.cfg.Verify(auth.FromRequest(r))
+	if err != nil {
+		refuse(w, err)
+		return
+	}
+	a, err := attachOf(r, p)
+	if err != nil {
+		refuse(w, err)
+		return
+	}
+	// A browser that offers subprotocols wants one selected. The only ones that there are here carry a token: the peer's own comes back to it.
+	subprotocol := ""
+	for _, offered := range offers(r) {
+		if strings.HasPrefix(offered, auth.Subprotocol) {
+			subprotocol = offered
+			break
+		}
+	}
+	e.serve(w, r, gateway.Peer{Protocol: gateway.SessionJSON, Principal: p, Session: a.GetSession(), Follow: a, Remote: r.RemoteAddr}, subprotocol)
+}
+
+// attachOf is what the query of a session socket asks for.
+func attachOf(r *http.Request, p *auth.Principal) (*schema.Attach, error) {
+	q := r.URL.Query()
+	id, err := schema.ParseSessionID(p.Tenant, q.Get("sessionName"))
+	if err != nil {
+		return nil, err
+	}
+	if err := gateway.Authorize(p, gateway.Follow, id.Name); err != nil {
+		return nil, err
+	}
+	a := &schema.Attach{Session: id.Name, Epoch: q.Get("epoch")}
+	switch last := q.Get("lastSeq"); last {
+	case "":
+	case "latest":
+		a.Start = &schema.Attach_Head{Head: true}
+	default:
+		seq, err := parseSeq(last)
+		if err != nil {
+			return nil, err
+		}
+		a.Start = &schema.Attach_AfterSeq{AfterSeq: seq}
+	}
+	return a, nil
+}
+
+// serve upgrades the request and runs the connection until it is over.
+func (e *Edge) serve(w http.ResponseWriter, r *http.Request, peer gateway.Peer, subprotocol string) {
+	up := &upgrade{ResponseWriter: w}
+	opts := &websocket.AcceptOptions{
+		// admit has checked the origin, and has an answer in JSON.
+		InsecureSkipVerify: true,
+		// Without context: 1.2 MB for each connection that has one is too much. Small messages go as they are.
+		CompressionMode: websocket.CompressionNoContextTakeover,
+	}
+	if subprotocol != "" {
+		opts.Subprotocols = []string{subprotocol}
+	}
+	c, err := websocket.Accept(up, r, opts)
+	if err != nil {
+		// Accept has answered.
+		e.cfg.Logger.DebugContext(r.Context(), "upgrade refused", "remote", r.RemoteAddr, "err", err)
+		return
+	}
+	t := newTransport(r.Context(), c, up.wire, peer.Protocol != gateway.Proto)
+	pings := startPings(t, e.cfg.PingInterval)
+	defer pings.stop()
+	peer.Transport = t
+	// Serve logs and counts the end.
+	_ = e.cfg.Gateway.Serve(r.Context(), peer) //nolint:errcheck // see above
+}
+
+// ready says whether the edge takes connections.
+func (e *Edge) ready(w http.ResponseWriter, _ *http.Request) {
+	if err := e.cfg.Gateway.Ready(); err != nil {
+		refuse(w, err)
+		return
+	}
+	answer(w, http.StatusOK, state{State: "ready"})
+}

@@ -1,0 +1,117 @@
+package edgews
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/url"
+	"path"
+	"strconv"
+	"strings"
+
+	"tidemark/schema"
+)
+
+// admit checks what every upgrade needs, before anything else is looked at; false where it has answered.
+func (e *Edge) admit(w http.ResponseWriter, r *http.Request) bool {
+	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+		w.Header().Set("Connection", "Upgrade")
+		w.Header().Set("Upgrade", "websocket")
+		answer(w, http.StatusUpgradeRequired, problem{
+			Error: "Upgrade required", Details: "This path speaks WebSocket; send an upgrade request.", Code: schema.Code_CODE_UNSUPPORTED_PROTOCOL.Word(),
+		})
+		return false
+	}
+	if !e.mayComeFrom(r) {
+		refuse(w, schema.Refuse(schema.Code_CODE_FORBIDDEN, "Pages of this origin may not connect; the server's configuration names those that may."))
+		return false
+	}
+	if err := e.cfg.Gateway.Admits(); err != nil {
+		refuse(w, err)
+		return false
+	}
+	return true
+}
+
+// mayComeFrom checks the page that a browser connects from.
+func (e *Edge) mayComeFrom(r *http.Request) bool {
+	origin := strings.ToLower(r.Header.Get("Origin"))
+	if origin == "" {
+		return true
+	}
+	u, err := url.Parse(origin)
+	if err != nil {
+		return false
+	}
+	if u.Host != "" && strings.EqualFold(u.Host, r.Host) {
+		return true
+	}
+	for _, pattern := range e.cfg.Origins {
+		name := u.Host
+		if strings.Contains(pattern, "://") {
+			name = u.Scheme + "://" + u.Host
+		}
+		// New has checked the pattern.
+		if ok, _ := path.Match(strings.ToLower(pattern), name); ok { //nolint:errcheck // see above
+			return true
+		}
+	}
+	return false
+}
+
+// offers lists the subprotocols that the request offers, in its order.
+func offers(r *http.Request) []string {
+	var all []string
+	for _, line := range r.Header.Values("Sec-WebSocket-Protocol") {
+		for p := range strings.SplitSeq(line, ",") {
+			all = append(all, strings.TrimSpace(p))
+		}
+	}
+	return all
+}
+
+func parseSeq(s string) (uint64, error) {
+	seq, err := strconv.ParseUint(s, 10, 64)
+	if err != nil {
+		return 0, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The query's lastSeq is neither a whole number from 0 on nor 'latest'.")
+	}
+	return seq, nil
+}
+
+// problem is the body of a refusal before the upgrade.
+type problem struct {
+	Error   string `json:"error"`
+	Details string `json:"details"`
+	Code    string `json:"code"`
+}
+
+// state is the body of a health check.
+type state struct {
+	State string `json:"state"`
+}
+
+// refuse answers a request with a refusal's status and sentence.
+func refuse(w http.ResponseWriter, err error) {
+	r := schema.AsRefusal(err)
+	status := http.StatusInternalServerError
+	switch r.Code {
+	case schema.Code_CODE_UNAUTHENTICATED:
+		status = http.StatusUnauthorized
+		w.Header().Set("WWW-Authenticate", "Bearer")
+	case schema.Code_CODE_FORBIDDEN:
+		status = http.StatusForbidden
+	case schema.Code_CODE_INVALID_MESSAGE, schema.Code_CODE_UNSUPPORTED_PROTOCOL:
+		status = http.StatusBadRequest
+	case schema.Code_CODE_UNAVAILABLE, schema.Code_CODE_GOING_AWAY, schema.Code_CODE_LIMIT_EXCEEDED:
+		status = http.StatusServiceUnavailable
+		w.Header().Set("Retry-After", "1")
+	default:
+	}
+	answer(w, status, problem{Error: http.StatusText(status), Details: r.Message, Code: r.Code.Word()})
+}
+
+func answer(w http.ResponseWriter, status int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(body) //nolint:errcheck // the peer is gone, or reads it
+}
