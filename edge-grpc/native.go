@@ -108,7 +108,9 @@ type nativeTransport struct {
 	in  message // owned by Receive
 	out message // owned by Send
 
-	once sync.Once
+	mu    sync.Mutex
+	last  farewell
+	ended bool
 	// failure is set before closed is closed; nil for an end without a fault.
 	failure *failure
 }
@@ -153,17 +155,21 @@ func (t *nativeTransport) Send(_ context.Context, messages [][]byte) error {
 			return err
 		}
 	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.last.note(messages, false)
 	return nil
 }
 
 // Close ends the stream with the code's status.
 func (t *nativeTransport) Close(code schema.Code, text string) {
-	t.once.Do(func() {
-		if code != schema.Code_CODE_UNSPECIFIED {
-			t.failure = failed(&schema.Refusal{Code: code, Message: text})
-		}
+	t.mu.Lock()
+	if !t.ended {
+		t.ended = true
+		t.failure = t.last.failure(code, text)
 		close(t.closed)
-	})
+	}
+	t.mu.Unlock()
 	// The handler returns now, and with it the stream ends.
 	<-t.stream.Context().Done()
 }

@@ -44,9 +44,12 @@ func (e *Edge) webHandler() http.Handler {
 	return e.allowOrigins(decodeText(withController(mux)))
 }
 
+// compressFrom is the smallest message that is compressed for clients that ask for it: history, not tokens. connect-go's clients ask by default, and gzip costs some 50 µs a message.
+const compressFrom = 16 << 10
+
 // webOptions are those of every handler.
 func webOptions() connect.HandlerOption {
-	return connect.WithHandlerOptions(webCodecs(), connect.WithReadMaxBytes(maxWebMessage))
+	return connect.WithHandlerOptions(webCodecs(), connect.WithReadMaxBytes(maxWebMessage), connect.WithCompressMinBytes(compressFrom))
 }
 
 func (c call[Req, Res]) web(e *Edge) (string, *connect.Handler) {
@@ -90,7 +93,7 @@ func (s stream) serveWeb(e *Edge, ctx context.Context, c connect.StreamingHandle
 		t := newWebTransport(ctx, c, s)
 		gp.Transport = t
 		if isJSON {
-			gp.Protocol = gateway.ProtoJSON
+			t.json, gp.Protocol = true, gateway.ProtoJSON
 			t.wrap = s.protocol == gateway.ProtoPublish
 		}
 		// Nil sends the header alone: clients wait for it before they believe in the stream.
@@ -126,7 +129,8 @@ type webTransport struct {
 	ctx        context.Context
 	conn       connect.StreamingHandlerConn
 	controller *http.ResponseController
-	once1      bool          // the client sends one message, which was read
+	oneMessage bool          // the client sends one message, which was read
+	json       bool          // the messages are text
 	wrap       bool          // each message is a Publish in JSON, which becomes a ClientFrame
 	closed     chan struct{} // closed by Close
 
@@ -134,20 +138,21 @@ type webTransport struct {
 	out message // owned by Send
 
 	mu      sync.Mutex
+	last    farewell
 	sending bool
 	ended   bool
 	failure *failure // set once, before closed is closed
 }
 
 func newWebTransport(ctx context.Context, c connect.StreamingHandlerConn, s stream) *webTransport {
-	t := &webTransport{ctx: ctx, conn: c, once1: s.follows, closed: make(chan struct{})}
+	t := &webTransport{ctx: ctx, conn: c, oneMessage: s.follows, closed: make(chan struct{})}
 	t.controller, _ = ctx.Value(controllerKey{}).(*http.ResponseController)
 	return t
 }
 
 // Receive waits for the client's next message.
 func (t *webTransport) Receive(context.Context) ([]byte, error) {
-	if t.once1 {
+	if t.oneMessage {
 		select {
 		case <-t.ctx.Done():
 			return nil, gateway.ErrPeerClosed
@@ -199,6 +204,9 @@ func (t *webTransport) Send(_ context.Context, messages [][]byte) error {
 			return err
 		}
 	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.last.note(messages, t.json)
 	return nil
 }
 
@@ -223,15 +231,13 @@ func (t *webTransport) Close(code schema.Code, text string) {
 		return
 	}
 	t.ended = true
-	if code != schema.Code_CODE_UNSPECIFIED {
-		t.failure = failed(&schema.Refusal{Code: code, Message: text})
-	}
+	t.failure = t.last.failure(code, text)
 	close(t.closed)
 	if t.controller == nil {
 		return
 	}
 	// Deadlines that have passed; where one cannot be set, the connection has ended.
-	if !t.once1 {
+	if !t.oneMessage {
 		_ = t.controller.SetReadDeadline(time.Unix(1, 0))
 	}
 	if t.sending {

@@ -78,6 +78,9 @@ func (t *textWriter) Flush() { _ = t.FlushError() }
 
 // FlushError sends what was written.
 func (t *textWriter) FlushError() error {
+	if !t.started {
+		t.WriteHeader(http.StatusOK)
+	}
 	if len(t.pending) > 0 {
 		if err := t.encode(t.pending); err != nil {
 			return err
