@@ -34,8 +34,8 @@ type wire struct {
 	dead chan struct{} // closed when it was cut
 	once sync.Once
 
-	mu   sync.Mutex
-	hold chan struct{} // nil while it is not held; closed when it is let go
+	// frozen: what goes either way is kept, as the buffers of sockets keep it, until something goes the same way after the thaw.
+	frozen atomic.Bool
 }
 
 func newWire(node interface{ InProcessConn() (net.Conn, error) }) *wire {
@@ -55,29 +55,6 @@ func (w *wire) InProcessConn() (net.Conn, error) {
 	return &wireConn{Conn: c, wire: w}, nil
 }
 
-// freeze holds everything that goes either way until thaw is called.
-func (w *wire) freeze() (thaw func()) {
-	held := make(chan struct{})
-	w.mu.Lock()
-	w.hold = held
-	w.mu.Unlock()
-	return func() {
-		w.mu.Lock()
-		w.hold = nil
-		w.mu.Unlock()
-		close(held)
-	}
-}
-
-func (w *wire) wait() {
-	w.mu.Lock()
-	held := w.hold
-	w.mu.Unlock()
-	if held != nil {
-		<-held
-	}
-}
-
 // wireConn reads the client's protocol on its way to the node.
 type wireConn struct {
 	net.Conn
@@ -85,16 +62,34 @@ type wireConn struct {
 	line []byte // an incomplete line
 	skip int    // bytes of a payload to come
 	last bool   // the payload that is coming is the last to pass
+
+	in, out []byte // kept while frozen
 }
 
 func (c *wireConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	c.wire.wait()
-	return n, err
+	for c.wire.frozen.Load() || len(c.in) == 0 {
+		n, err := c.Conn.Read(b)
+		if err != nil {
+			return 0, err
+		}
+		c.in = append(c.in, b[:n]...)
+	}
+	n := copy(b, c.in)
+	c.in = c.in[n:]
+	return n, nil
 }
 
 func (c *wireConn) Write(b []byte) (int, error) {
-	c.wire.wait()
+	if c.wire.frozen.Load() {
+		c.out = append(c.out, b...)
+		return len(b), nil
+	}
+	if len(c.out) > 0 {
+		if _, err := c.Conn.Write(c.out); err != nil {
+			return 0, err
+		}
+		c.out = nil
+	}
 	n, cut := c.pass(b)
 	if _, err := c.Conn.Write(b[:n]); err != nil {
 		return 0, err
@@ -314,7 +309,7 @@ func TestI6_FrozenProjectorIsFenced(t *testing.T) {
 		b.some(400)
 		time.Sleep(100 * time.Millisecond)
 		// It has the frames, and not yet stored the last pages.
-		thaw := w.freeze()
+		w.frozen.Store(true)
 		heir := s.run(nil, "heir")
 		time.Sleep(5 * time.Second)
 		if through := s.checkpoint("LOG_00"); through == s.lastSeq("LOG_00") {
@@ -328,7 +323,7 @@ func TestI6_FrozenProjectorIsFenced(t *testing.T) {
 			t.Fatalf("the heir is at %d of %d", through, s.lastSeq("LOG_00"))
 		}
 		before := s.derived()
-		thaw()
+		w.frozen.Store(false)
 		time.Sleep(20 * time.Second)
 		if after := s.derived(); !maps.EqualFunc(before, after, bytes.Equal) {
 			t.Error("the zombie changed what was derived")
