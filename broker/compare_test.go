@@ -50,6 +50,7 @@ func TestJetStreamLogIsTheModel(t *testing.T) {
 			open = truncatable(tiny)
 		}
 		t.Run(fmt.Sprint("seed", seed), func(t *testing.T) {
+			t.Parallel()
 			synctest.Test(t, func(t *testing.T) { logtest.Compare(t, memory(t), open(t), seed) })
 		})
 	}

@@ -28,6 +28,7 @@ type Instance struct {
 func Run(t *testing.T, open func(t *testing.T) Instance) {
 	for _, c := range cases() {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel() // each waits for its own disk
 			synctest.Test(t, func(t *testing.T) {
 				in := open(t)
 				w := &world{T: t, in: in, log: in.Log, id: ID("case")}
