@@ -47,7 +47,7 @@ clients:
     {{ if path_exists("clients") == "true" { "clients/run" } else { "echo 'there are no clients yet'" } }}
 
 # Fuzz every parser for so many runs each (counted, for Go's fuzzer sometimes takes its own deadline for a failure)
-fuzz runs="20000":
+fuzz runs="10000":
     #!/usr/bin/env bash
     set -euo pipefail
     while IFS=: read -r file name; do
