@@ -245,6 +245,8 @@ func TestProjectorKilledAnywhere(t *testing.T) {
 				reading := a.watch()
 				for i := range 6 {
 					a.some(90)
+					// A session that gets nothing more: only its own flush stores it.
+					s.scribe("default", fmt.Sprint("once", i)).some(1 + 5*i)
 					switch i {
 					case 1:
 						b.delete()
@@ -335,6 +337,126 @@ func TestI6_FrozenProjectorIsFenced(t *testing.T) {
 		s.rebuilt()
 		a.readAll(0, nil, 32<<10)
 		b.readAll(0, nil, 32<<10)
+	})
+}
+
+// What the next history of a deleted session has stored stays, however late the pages of the one before are cleared.
+func TestI6_ClearingTakesOnlyWhatWasThereBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShelf(t, 1, 31)
+		w := s.scribe("default", "a")
+		w.some(600)
+		slow := s.projection(1 << 20)
+		at := s.feed(slow, 0, 1, s.lastSeq("LOG_00"))
+		if err := slow.flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		w.delete()
+		slow.guard = overtaken{func() {
+			// Between the question and the purge, another projector goes all the way.
+			w.some(300)
+			quick := s.projection(1 << 20)
+			s.feed(quick, 0, at, s.lastSeq("LOG_00"))
+			if err := quick.flush(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}}
+		s.feed(slow, 0, at, s.lastSeq("LOG_00"))
+		for subject, data := range s.derived() {
+			if strings.HasPrefix(subject, "page.") && !strings.Contains(describe(subject, data), "epoch "+w.st.epoch) {
+				t.Errorf("%s is left of the deleted history", subject)
+			}
+		}
+		if n := len(s.derived()); n != 2+1 {
+			t.Errorf("%d messages are derived, want two pages and a record", n)
+		}
+		s.rebuilt()
+	})
+}
+
+// overtaken is a guard that lets something happen before it answers.
+type overtaken struct{ meanwhile func() }
+
+func (overtaken) fresh(context.Context) error                         { return nil }
+func (overtaken) confirm(context.Context, lane, string) (bool, error) { return true, nil }
+func (o overtaken) mayClear(context.Context, lane, uint64) (bool, error) {
+	o.meanwhile()
+	return true, nil
+}
+
+// A lease has one holder: another waits for as long as it is renewed, takes it when it is not, and who lost it learns so whatever it asks.
+func TestI6_LeaseHasOneHolder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShelf(t, 1, 37)
+		kv, err := s.js.KeyValue(t.Context(), projectionBucket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		open := func(name string) *lease { return newLease(kv, "LOG_00", name, testLogger(t)) }
+		takes := func(l *lease) time.Duration {
+			t.Helper()
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			began := time.Now()
+			if err := l.acquire(ctx); err != nil {
+				return -1
+			}
+			return time.Since(began)
+		}
+		a, b := open("a"), open("b")
+		if d := takes(a); d != 0 {
+			t.Fatalf("the first took it after %v", d)
+		}
+		stop := make(chan struct{})
+		var beating sync.WaitGroup
+		beating.Go(func() {
+			for through := uint64(1); ; through++ {
+				select {
+				case <-stop:
+					return
+				case <-time.After(beatEvery):
+					if err := a.renew(t.Context(), through); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+		if d := takes(b); d >= 0 {
+			t.Fatalf("another took it after %v while it was held", d)
+		}
+		close(stop)
+		beating.Wait()
+		if d := takes(b); d < leaseTTL || d > leaseTTL+2*time.Second {
+			t.Fatalf("another took it after %v of silence", d)
+		}
+		if b.position() == 0 {
+			t.Error("the checkpoint was lost on the way")
+		}
+		for what, err := range map[string]error{
+			"renew": a.renew(t.Context(), 99), "fresh": a.fresh(t.Context()), "release": a.release(t.Context(), 99),
+		} {
+			if err == nil {
+				t.Errorf("who lost the lease may still %s", what)
+			}
+		}
+		if ok, err := a.mayClear(t.Context(), lane{}, 1); ok || !errors.Is(err, errLeaseLost) {
+			t.Errorf("who lost the lease may clear: %v, %v", ok, err)
+		}
+		if ok, err := a.confirm(t.Context(), lane{}, ""); ok || !errors.Is(err, errLeaseLost) {
+			t.Errorf("who lost the lease may write what was removed: %v, %v", ok, err)
+		}
+		// A process that comes back under its name does not wait; nor does anybody after a clean end.
+		again := open("b")
+		if d := takes(again); d != 0 {
+			t.Errorf("the same process took it again after %v", d)
+		}
+		if err := again.release(t.Context(), 7); err != nil {
+			t.Fatal(err)
+		}
+		c := open("c")
+		if d := takes(c); d != 0 || c.position() != 7 {
+			t.Errorf("after a clean end it was taken after %v, at %d", d, c.position())
+		}
 	})
 }
 
