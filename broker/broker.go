@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -49,6 +50,9 @@ type Broker struct {
 	// Static after construction.
 	cfg     BrokerConfig
 	metrics *projectionMetrics
+
+	// working is the connection, once the deployment is laid out.
+	working atomic.Pointer[nats.Conn]
 }
 
 // NewBroker makes a broker. The error is one in its configuration.
@@ -79,6 +83,7 @@ func (b *Broker) Run(ctx context.Context) error {
 		}
 		return err
 	}
+	b.working.Store(nc)
 	r := newReader(nc, b.cfg.Layout.Streams)
 	var wg sync.WaitGroup
 	for i := range b.cfg.Layout.Streams {
@@ -89,6 +94,17 @@ func (b *Broker) Run(ctx context.Context) error {
 		wg.Go(func() { p.run(ctx) })
 	}
 	wg.Wait()
+	return nil
+}
+
+// Ready is nil while the deployment is laid out and its server reachable, otherwise a refusal that says what is missing: for readiness checks.
+func (b *Broker) Ready() error {
+	switch nc := b.working.Load(); {
+	case nc == nil:
+		return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "The deployment is not laid out yet.")
+	case !nc.IsConnected():
+		return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "NATS is not reachable.")
+	}
 	return nil
 }
 

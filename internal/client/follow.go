@@ -140,6 +140,9 @@ func (f *Follower) Next(ctx context.Context) (Event, error) {
 	return q.event, nil
 }
 
+// Queued is how many events Next will return without waiting. It belongs to the goroutine that calls Next.
+func (f *Follower) Queued() int { return len(f.queue) }
+
 // connect makes a connection and attaches at the place.
 func (f *Follower) connect(ctx context.Context) error {
 	c, err := f.link.connect(ctx)

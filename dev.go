@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"tidemark/broker"
+	"tidemark/internal/auth"
+	"tidemark/internal/natsd"
+	"tidemark/schema"
+)
+
+// devTokenTTL is how long the tokens live that dev prints.
+const devTokenTTL = 30 * 24 * time.Hour
+
+// devCommand is `tidemark dev`.
+type devCommand struct {
+	DataDir string `default:"${data_dir}" help:"Directory for everything that is stored, made where it is not there."`
+	HTTP    string `name:"http" default:"127.0.0.1:8080" help:"Address for WebSocket and HTTP; port 0 for a free one."`
+	GRPC    string `name:"grpc" default:"127.0.0.1:8081" help:"Address for gRPC, gRPC-Web and Connect; port 0 for a free one."`
+	nodeFlags
+	MaxAge time.Duration `default:"720h" help:"How long envelopes are kept."`
+	edgeFlags
+}
+
+// Run serves until the process is told to stop.
+func (c *devCommand) Run(ctx context.Context, env *environment) error {
+	if err := errors.Join(checkLoopback("http", c.HTTP), checkLoopback("grpc", c.GRPC)); err != nil {
+		return err
+	}
+	if c.NatsListen != off {
+		if err := checkLoopback("nats-listen", c.NatsListen); err != nil {
+			return err
+		}
+	}
+	return serve(ctx, env, c.start)
+}
+
+// start starts one thing on the other. What can be in the way is tried first: the directory, then the ports.
+func (c *devCommand) start(p *process) error {
+	lock, err := natsd.LockDir(c.DataDir)
+	if err != nil {
+		return err
+	}
+	overHTTP, err := p.listen("http", c.HTTP)
+	if err != nil {
+		return releaseAfter(err, lock)
+	}
+	overGRPC, err := p.listen("grpc", c.GRPC)
+	if err != nil {
+		return releaseAfter(err, lock)
+	}
+	n, err := p.startNode(lock, &c.nodeFlags)
+	if err != nil {
+		return err
+	}
+	metrics := newRegistry()
+	durability := schema.ParseDurability(c.Durability)
+	b, err := p.startBroker(broker.BrokerConfig{
+		Server: n.nats, Layout: broker.Layout{MaxAge: c.MaxAge, Durability: durability}, Name: embeddedName(""), Logger: p.env.log, Metrics: metrics,
+	})
+	if err != nil {
+		return err
+	}
+	// Looking for streams that are not there yet would only be in vain.
+	p.settle(b.Ready)
+	core, err := p.startCore(n.nats, &c.edgeFlags, n.secret, metrics)
+	if err != nil {
+		return err
+	}
+	if err := p.startEdges(core, &c.edgeFlags, overHTTP, overGRPC); err != nil {
+		return err
+	}
+	p.settle(core.gateway.Ready)
+	if p.ctx.Err() != nil {
+		return nil // it failed, or was stopped, before it was ready
+	}
+	at := addresses{HTTP: addressOf(overHTTP), GRPC: addressOf(overGRPC), NATS: n.server.Addr()}
+	if err := c.welcome(p.env, n, at); err != nil {
+		return err
+	}
+	return p.announce(n.dir, at)
+}
+
+// welcome tells people what there is and what to do with it. It goes to standard error, because the line for scripts stands on standard output alone.
+func (c *devCommand) welcome(env *environment, n *node, at addresses) error {
+	mint := func(role schema.Role) (string, error) {
+		return auth.Mint(n.secret, auth.Principal{Subject: "dev-" + auth.RoleWord(role), Role: role, Sessions: []string{"*"}}, devTokenTTL)
+	}
+	user, err := mint(schema.Role_ROLE_USER)
+	if err != nil {
+		return err
+	}
+	agent, err := mint(schema.Role_ROLE_AGENT)
+	if err != nil {
+		return err
+	}
+	// Commands find addresses and secret in the data directory, where that is not the usual one it must be named.
+	where := ""
+	if c.DataDir != defaultDataDir(env.lookup) {
+		where = " --data-dir " + shellQuoted(n.dir)
+	}
+	nats := "off"
+	if n.server.URL() != "" {
+		nats = n.server.URL()
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "\nTidemark %s is running. Data in %s, durability %s.\n\n", version(), n.dir, c.Durability)
+	for _, row := range [][2]string{
+		{"Session socket", "ws://" + at.HTTP + "/ws?sessionName=NAME&token=TOKEN"},
+		{"Multiplexed", "ws://" + at.HTTP + "/v1/connect (subprotocol tidemark.v1.proto or tidemark.v1.json)"},
+		{"gRPC", at.GRPC + " (gRPC, gRPC-Web, Connect; reflection is on)"},
+		{"NATS", nats},
+		{"Health, metrics", "http://" + at.HTTP + "/readyz, /healthz, /metrics"},
+		{"User token", user},
+		{"Agent token", agent},
+	} {
+		fmt.Fprintf(&b, "  %-16s %s\n", row[0], row[1])
+	}
+	socket := "ws://" + at.HTTP + "/ws?sessionName=hello&token="
+	b.WriteString("\nTry it, in other terminals:\n\n")
+	for _, line := range []string{
+		env.program + " follow" + where + " hello",
+		"echo 'Hello from the shell' | " + env.program + " publish" + where + " hello",
+		env.program + " sessions ls" + where,
+		"",
+		"T=$(" + env.program + " token" + where + ")",
+		"websocat \"" + socket + "$T\"",
+		"T=$T node -e 'new WebSocket(\"" + socket + "\" + process.env.T).onmessage = e => console.log(e.data)'",
+		"curl -s http://" + at.GRPC + "/tidemark.v1.SessionService/GetSession -H \"Authorization: Bearer $T\" -H 'Content-Type: application/json' -d '{\"session\":\"hello\"}'",
+	} {
+		b.WriteString(strings.TrimRight("  "+line, " ") + "\n")
+	}
+	b.WriteString("\nCtrl-C stops it, with nothing lost.\n\n")
+	_, err = fmt.Fprint(env.stderr, b.String())
+	return err
+}
+
+// shellQuoted is a word for a shell, as it is where that does.
+func shellQuoted(s string) string {
+	if !strings.ContainsFunc(s, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("/._-+=:@", r))
+	}) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}

@@ -1,0 +1,281 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"tidemark/broker"
+	edgegrpc "tidemark/edge-grpc"
+	edgews "tidemark/edge-ws"
+	"tidemark/internal/auth"
+	"tidemark/internal/gateway"
+)
+
+// How long the steps of an orderly end may take. An edge that drains gives its clients a second to go, then waits for appends in flight.
+const (
+	drainWithin = 30 * time.Second
+	closeWithin = 15 * time.Second
+)
+
+// natsFlags say which NATS server to use.
+type natsFlags struct {
+	Nats    serverURL `name:"nats" placeholder:"URL" help:"NATS server or servers, nats://USER:PASSWORD@HOST:PORT, comma-separated. Default: the node of --data-dir, or nats://127.0.0.1:4222."`
+	Creds   string    `placeholder:"FILE" help:"Credentials file of a NATS user."`
+	DataDir string    `default:"${data_dir}" help:"Data directory of this machine's node: its NATS password, its secret for tokens and its addresses are found there."`
+}
+
+// server is the NATS server that the flags name.
+func (f *natsFlags) server(env *environment, name string) broker.Server {
+	s := broker.Server{URL: string(f.Nats), Creds: f.Creds, Name: name}
+	if s.URL == "" {
+		s.URL = "nats://127.0.0.1:4222"
+		if a := readAddresses(f.DataDir); a.NATS != "" && a.NATS != off {
+			s.URL = "nats://" + a.NATS
+		}
+	}
+	// The password of this machine's node is for this machine's node.
+	if s.Creds == "" && !strings.Contains(s.URL, "@") && loopback(s.URL) {
+		if password, err := os.ReadFile(passwordFile(f.DataDir)); err == nil {
+			s.User, s.Password = natsUser, strings.TrimSpace(string(password))
+		} else if !errors.Is(err, os.ErrNotExist) {
+			env.log.Warn("the password of this machine's NATS server cannot be read", "error", err)
+		}
+	}
+	return s
+}
+
+// loopback says whether all servers of the list are on this machine.
+func loopback(urls string) bool {
+	for u := range strings.SplitSeq(urls, ",") {
+		_, host, ok := strings.Cut(strings.TrimSpace(u), "://")
+		if !ok {
+			host = strings.TrimSpace(u)
+		}
+		if h, _, err := net.SplitHostPort(host); err == nil {
+			host = h
+		}
+		if ip := net.ParseIP(strings.Trim(host, "[]")); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+			return false
+		}
+	}
+	return true
+}
+
+// secretFlags say which secret tokens are signed with.
+type secretFlags struct {
+	Secret     secretText `placeholder:"TEXT" help:"Secret for tokens (HS256), at least 32 bytes. Set it in the environment or in the file; on the command line others can see it."`
+	SecretFile string     `placeholder:"FILE" help:"File with the secret for tokens. Default: the one of --data-dir."`
+}
+
+func (f *secretFlags) secret(dataDir string) ([]byte, error) {
+	switch {
+	case f.Secret != "":
+		if len(f.Secret) < auth.MinSecretBytes {
+			return nil, usage("the secret for tokens has %d bytes; HS256 needs at least %d", len(f.Secret), auth.MinSecretBytes)
+		}
+		return []byte(f.Secret), nil
+	case f.SecretFile != "":
+		return auth.ReadSecret(f.SecretFile)
+	}
+	secret, err := auth.ReadSecret(secretFile(dataDir))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("there is no secret for tokens: set TIDEMARK_SECRET, or name a --secret-file, or the --data-dir of a node that `tidemark dev` or `tidemark broker --embedded` has started (looked in %s)", dataDir)
+	}
+	return secret, err
+}
+
+// edgeFlags bound what an edge holds, and say whom it serves.
+type edgeFlags struct {
+	Edge      string        `name:"edge-name" placeholder:"NAME" help:"Name of this edge, unique among those that are alive. Default: a new one at each start."`
+	HoldFor   time.Duration `default:"10s" help:"How long publishes are held while NATS is away, before they are refused as retryable."`
+	QueueMB   int           `name:"queue-mb" default:"64" help:"Most that publishes wait with, in MiB."`
+	TailMB    int           `name:"tail-mb" default:"128" help:"Most that the tails of the log may hold in memory, in MiB."`
+	Warm      time.Duration `default:"2m" help:"How far back the tails begin when the process starts."`
+	DrainFor  time.Duration `default:"1s" help:"How long a stopping edge goes on serving after it told its clients to go."`
+	Origins   []string      `placeholder:"ORIGIN" help:"Web pages that browsers may connect from, as https://app.example.com; '*' for all. Default: only those under the edge's own host."`
+	MaxSocket int           `name:"max-connections" default:"50000" help:"Most connections at once."`
+}
+
+// Validate is called by kong.
+func (f *edgeFlags) Validate() error {
+	if f.QueueMB < 1 || f.TailMB < 1 || f.MaxSocket < 1 {
+		return errors.New("--queue-mb, --tail-mb and --max-connections must be at least 1")
+	}
+	return nil
+}
+
+// core is what all edges of a process share: one log, one gateway.
+type core struct {
+	log     *broker.JetStreamLog
+	gateway *gateway.Gateway
+	verify  func(token string) (*auth.Principal, error)
+	metrics *prometheus.Registry
+}
+
+// startCore opens the log and runs it until the process ends.
+func (p *process) startCore(s broker.Server, f *edgeFlags, secret []byte, metrics *prometheus.Registry) (*core, error) {
+	v, err := auth.NewVerifier(auth.Config{Secret: secret})
+	if err != nil {
+		return nil, err
+	}
+	l, err := broker.Open(broker.Config{
+		Server: s, Edge: f.Edge, HoldFor: f.HoldFor, QueueBytes: int64(f.QueueMB) << 20, TailBytes: f.TailMB << 20, WarmFor: f.Warm, Logger: p.env.log, Metrics: metrics,
+	})
+	if err != nil {
+		return nil, err
+	}
+	running, stop := context.WithCancel(context.WithoutCancel(p.ctx))
+	over := make(chan struct{})
+	p.run("log", func() error {
+		defer close(over)
+		return l.Run(running)
+	})
+	p.onStop("log", closeWithin, func(ctx context.Context) error {
+		stop()
+		err := l.Close(ctx)
+		<-over
+		return err
+	})
+	grace := f.DrainFor
+	if grace == 0 {
+		grace = -1 // the gateway's word for none
+	}
+	g, err := gateway.New(gateway.Config{
+		Log: l, Verify: v.Verify, Version: version(), DrainGrace: grace, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: metrics,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &core{log: l, gateway: g, verify: v.Verify, metrics: metrics}, nil
+}
+
+// startEdges serves both edges, or the one whose listener is not nil, and drains them together when the process ends.
+func (p *process) startEdges(c *core, f *edgeFlags, overHTTP, overGRPC net.Listener) error {
+	cutting, cut := context.WithCancel(context.WithoutCancel(p.ctx))
+	var ends []func(context.Context, string) error
+	if overGRPC != nil {
+		e, err := edgegrpc.New(edgegrpc.Config{
+			Gateway: c.gateway, Log: c.log, Verify: c.verify, AllowedOrigins: f.Origins, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: c.metrics,
+		})
+		if err != nil {
+			cut()
+			return err
+		}
+		p.run("gRPC edge", func() error { return e.Serve(cutting, overGRPC) })
+		ends = append(ends, e.Drain)
+	}
+	if overHTTP != nil {
+		e, err := edgews.New(edgews.Config{Gateway: c.gateway, Verify: c.verify, Origins: f.Origins, Metrics: c.metrics, Logger: p.env.log})
+		if err != nil {
+			cut()
+			return err
+		}
+		s := p.serveHTTP(cutting, "WebSocket edge", overHTTP, e.Handler())
+		ends = append(ends, func(ctx context.Context, reason string) error { return drainHTTP(ctx, c.gateway, s, reason) })
+	}
+	p.onStop("edges", drainWithin, func(ctx context.Context) error {
+		defer cut()
+		errs := make(chan error, len(ends))
+		for _, end := range ends {
+			go func() { errs <- end(ctx, "The edge is being stopped.") }()
+		}
+		var failed error
+		for range ends {
+			failed = errors.Join(failed, <-errs)
+		}
+		return failed
+	})
+	return nil
+}
+
+// drainHTTP stops accepting, drains the sockets, which the server has given away, and lets requests end.
+func drainHTTP(ctx context.Context, g *gateway.Gateway, s *http.Server, reason string) error {
+	// Shutdown closes the listener at once and then waits for requests.
+	shut := make(chan error, 1)
+	go func() { shut <- s.Shutdown(ctx) }()
+	err := g.Drain(ctx, reason)
+	return errors.Join(err, <-shut)
+}
+
+// edgeWSCommand is `tidemark edge-ws`.
+type edgeWSCommand struct {
+	HTTP string `name:"http" default:"127.0.0.1:8080" help:"Address for WebSocket and HTTP; port 0 for a free one."`
+	natsFlags
+	secretFlags
+	edgeFlags
+}
+
+// Run serves until the process is told to stop.
+func (c *edgeWSCommand) Run(ctx context.Context, env *environment) error {
+	if err := checkAddress("http", c.HTTP); err != nil {
+		return err
+	}
+	return serve(ctx, env, func(p *process) error {
+		l, err := p.listen("http", c.HTTP)
+		if err != nil {
+			return err
+		}
+		core, err := c.start(p, &c.natsFlags, &c.secretFlags, "edge-ws")
+		if err != nil {
+			return err
+		}
+		if err := p.startEdges(core, &c.edgeFlags, l, nil); err != nil {
+			return err
+		}
+		fmt.Fprintln(env.stdout, addresses{HTTP: addressOf(l), GRPC: off, NATS: off}.line())
+		return nil
+	})
+}
+
+// edgeGRPCCommand is `tidemark edge-grpc`.
+type edgeGRPCCommand struct {
+	GRPC string `name:"grpc" default:"127.0.0.1:8081" help:"Address for gRPC, gRPC-Web and Connect; port 0 for a free one."`
+	HTTP string `name:"http" default:"127.0.0.1:8082" help:"Address for /healthz, /readyz and /metrics, or off."`
+	natsFlags
+	secretFlags
+	edgeFlags
+}
+
+// Run serves until the process is told to stop.
+func (c *edgeGRPCCommand) Run(ctx context.Context, env *environment) error {
+	if err := errors.Join(checkAddress("grpc", c.GRPC), checkUnlessOff("http", c.HTTP)); err != nil {
+		return err
+	}
+	return serve(ctx, env, func(p *process) error {
+		l, err := p.listen("grpc", c.GRPC)
+		if err != nil {
+			return err
+		}
+		status, err := p.listen("http", c.HTTP)
+		if err != nil {
+			return err
+		}
+		core, err := c.start(p, &c.natsFlags, &c.secretFlags, "edge-grpc")
+		if err != nil {
+			return err
+		}
+		p.serveStatus(status, core.gateway.Ready, core.metrics)
+		if err := p.startEdges(core, &c.edgeFlags, nil, l); err != nil {
+			return err
+		}
+		fmt.Fprintln(env.stdout, addresses{HTTP: addressOf(status), GRPC: addressOf(l), NATS: off}.line())
+		return nil
+	})
+}
+
+// start starts the core of a process that is an edge alone.
+func (f *edgeFlags) start(p *process, n *natsFlags, s *secretFlags, name string) (*core, error) {
+	secret, err := s.secret(n.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	return p.startCore(n.server(p.env, name), f, secret, newRegistry())
+}
