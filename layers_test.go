@@ -24,10 +24,11 @@ var own = []law{
 	{"internal/gateway", "broker schema internal/auth", "one state machine serves every transport, so it knows none"},
 	{"edge-ws", "internal/gateway internal/auth broker schema", "edges stand side by side on the gateway; neither knows the other"},
 	{"edge-grpc", "internal/gateway internal/auth broker schema", "edges stand side by side on the gateway; neither knows the other"},
-	{"replay", "broker schema", "it reads the log for people and serves nobody"},
-	{"bench", "schema internal/client internal/recording", "it loads over sockets only, as a client from outside would"},
+	{"replay", "schema internal/client internal/recording", "it reads the log for people, through an edge as any client would, and serves nobody"},
+	{"bench", "schema", "it loads over sockets only, as a client from outside would"},
 	{"internal/client", "schema", "it knows of an edge what the protocol says"},
 	{"internal/recording", "schema", "it says in our words what providers streamed"},
+	{"internal/demo", "broker internal/auth internal/client internal/natsd internal/recording schema", "it starts edges as processes, so that it can kill them"},
 	{"internal/world", "*", "the test world boots everything"},
 	{".", "*", "the binary puts everything together"},
 }

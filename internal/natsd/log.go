@@ -17,8 +17,9 @@ type bridge struct {
 }
 
 func (b *bridge) put(level slog.Level, format string, args []any) {
-	if b.log.Enabled(context.Background(), level) {
-		b.log.Log(context.Background(), level, fmt.Sprintf(format, args...), "from", "nats-server")
+	ctx := context.Background() //nolint:forbidigo // the server's logger carries no context
+	if b.log.Enabled(ctx, level) {
+		b.log.Log(ctx, level, fmt.Sprintf(format, args...), "from", "nats-server")
 	}
 }
 

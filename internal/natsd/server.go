@@ -100,7 +100,8 @@ func start(c Config) (*Server, error) {
 		logger = slog.New(slog.DiscardHandler)
 	}
 	log := &bridge{log: logger}
-	ns.SetLoggerV2(log, logger.Enabled(context.Background(), slog.LevelDebug), false, false)
+	debug := logger.Enabled(context.Background(), slog.LevelDebug) //nolint:forbidigo // the level is nobody's wait
+	ns.SetLoggerV2(log, debug, false, false)
 	timeout := c.StartTimeout
 	if timeout <= 0 {
 		timeout = 2 * time.Minute

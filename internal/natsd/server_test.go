@@ -43,7 +43,7 @@ func start1(t *testing.T, c Config) *Server {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := s.Shutdown(context.Background()); err != nil {
+		if err := s.Shutdown(context.WithoutCancel(t.Context())); err != nil {
 			t.Error(err)
 		}
 	})
@@ -108,7 +108,7 @@ func TestDurabilitySettings(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer lock.Release()
+	t.Cleanup(func() { _ = lock.Release() })
 	for d, always := range map[schema.Durability]bool{
 		schema.Durability_DURABILITY_UNSPECIFIED: true, schema.Durability_DURABILITY_FSYNC: true,
 		schema.Durability_DURABILITY_OS: false, schema.Durability_DURABILITY_MEMORY: false,
