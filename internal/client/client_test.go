@@ -132,6 +132,45 @@ func TestFollowerMovesToAnotherEdge(t *testing.T) {
 	})
 }
 
+func TestSilentEdgeIsLeft(t *testing.T) {
+	inWorld(t, func(w *world) {
+		w.start("b:1")
+		w.append("s", "1")
+		c := w.client(nil, "a:1", "b:1")
+		f := c.Follow(client.FollowOptions{Session: "s"})
+		defer f.Close()
+		w.want(w.read(f, 1), []string{"1"})
+		p := c.Publisher(w.Context(), client.PublishOptions{Session: "s"})
+		w.must(p.Publish(w.Context(), token("2")))
+		w.must(p.Flush(w.Context()))
+		w.want(w.read(f, 1), []string{"2"})
+		// An edge that has nothing to say is no dead one.
+		idle := time.Now()
+		ctx, cancel := context.WithTimeout(w.Context(), 10*time.Minute)
+		defer cancel()
+		for {
+			ev, err := f.Next(ctx)
+			if err != nil {
+				break
+			}
+			if ev.Lost != nil {
+				t.Fatalf("left an edge that was only quiet, after %s: %v", time.Since(idle), ev.Lost)
+			}
+		}
+		w.append("s", "3")
+		w.want(w.read(f, 1), []string{"3"})
+
+		w.net.freeze("a:1")
+		began := time.Now()
+		w.must(p.Publish(w.Context(), token("4")))
+		w.want(w.read(f, 1), []string{"4"})
+		w.must(p.Close(w.Context()))
+		if took := time.Since(began); took > time.Minute {
+			t.Errorf("noticed after %s", took)
+		}
+	})
+}
+
 func TestFollowerReturnsWhatDoesNotMend(t *testing.T) {
 	inWorld(t, func(w *world) {
 		w.append("s", "1")
@@ -397,6 +436,53 @@ func TestClosingPublisherGivesUpWithItsContext(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 		synctest.Wait()
+	})
+}
+
+func TestCalls(t *testing.T) {
+	inWorld(t, func(w *world) {
+		ctx := w.Context()
+		c := w.client(nil, "a:1")
+		if w.scheme == "ws" {
+			if _, err := c.Session(ctx, "s"); schema.CodeOf(err) != schema.Code_CODE_UNSUPPORTED_PROTOCOL {
+				t.Errorf("over WebSocket: %v", err)
+			}
+			return
+		}
+		s, err := c.Create(ctx, &schema.CreateSessionRequest{Session: "s", MetadataJson: `{"a":1}`})
+		w.must(err)
+		if s.GetSession() != "s" || s.GetHeadSeq() != 1 {
+			t.Errorf("created %v", s)
+		}
+		if _, err := c.Create(ctx, &schema.CreateSessionRequest{Session: "s"}); schema.CodeOf(err) != schema.Code_CODE_ALREADY_EXISTS {
+			t.Errorf("created twice: %v", err)
+		}
+		res, err := c.Append(ctx, &schema.AppendRequest{Session: "s", ExpectedSeq: new(uint64(1)), Envelopes: []*schema.Envelope{token("2"), token("3")}})
+		w.must(err)
+		if res.GetFirstSeq() != 2 || res.GetLastSeq() != 3 {
+			t.Errorf("appended %v", res)
+		}
+		_, err = c.Append(ctx, &schema.AppendRequest{Session: "s", ExpectedSeq: new(uint64(1)), Envelopes: []*schema.Envelope{token("x")}})
+		if r := schema.AsRefusal(err); r.Code != schema.Code_CODE_CONFLICT || r.Head != 3 {
+			t.Errorf("conflict: %v", err)
+		}
+		page, err := c.Sessions(ctx, &schema.ListSessionsRequest{})
+		w.must(err)
+		if len(page.GetSessions()) != 1 || page.GetSessions()[0].GetSession() != "s" {
+			t.Errorf("listed %v", page)
+		}
+		w.must(c.Delete(ctx, "s"))
+		if _, err := c.Session(ctx, "s"); schema.CodeOf(err) != schema.Code_CODE_SESSION_NOT_FOUND {
+			t.Errorf("deleted: %v", err)
+		}
+		w.kill("a:1")
+		if _, err := c.Session(ctx, "s"); schema.CodeOf(err) != schema.Code_CODE_UNAVAILABLE || !strings.Contains(err.Error(), "a:1") {
+			t.Errorf("nobody there: %v", err)
+		}
+		w.start("b:1")
+		if _, err := w.client(nil, "a:1", "b:1").Sessions(ctx, &schema.ListSessionsRequest{}); err != nil {
+			t.Errorf("the second edge: %v", err)
+		}
 	})
 }
 

@@ -2,9 +2,12 @@ package client_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +16,7 @@ import (
 
 	"tidemark/broker"
 	edgegrpc "tidemark/edge-grpc"
+	edgews "tidemark/edge-ws"
 	"tidemark/internal/auth"
 	"tidemark/internal/client"
 	"tidemark/internal/gateway"
@@ -94,6 +98,26 @@ var starts = map[string]func(w *world, g *gateway.Gateway, l net.Listener) (serv
 		e, err := edgegrpc.New(edgegrpc.Config{Gateway: g, Log: w.log, Verify: w.verify})
 		w.must(err)
 		return func(ctx context.Context) error { return e.Serve(ctx, l) }, func(ctx context.Context) error { return e.Drain(ctx, "test") }
+	},
+	"ws": func(w *world, g *gateway.Gateway, l net.Listener) (func(context.Context) error, func(context.Context) error) {
+		e, err := edgews.New(edgews.Config{Gateway: g, Verify: w.verify})
+		w.must(err)
+		s := &http.Server{Handler: e.Handler()}
+		var conns sync.WaitGroup
+		s.Handler = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			conns.Add(1)
+			defer conns.Done()
+			e.Handler().ServeHTTP(rw, r)
+		})
+		return func(ctx context.Context) error {
+			s.BaseContext = func(net.Listener) context.Context { return ctx }
+			defer conns.Wait()
+			defer context.AfterFunc(ctx, func() { s.Close() })()
+			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		}, func(ctx context.Context) error { return errors.Join(g.Drain(ctx, "test"), s.Shutdown(ctx)) }
 	},
 }
 
@@ -202,6 +226,9 @@ func (n *network) unplug(host string) {
 	l := n.hosts[host]
 	delete(n.hosts, host)
 	n.mu.Unlock()
+	if l == nil {
+		return // frozen
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, c := range l.open {
@@ -217,18 +244,63 @@ func (n *network) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	if l == nil {
 		return nil, fmt.Errorf("dial %s: connection refused", addr)
 	}
-	a, b := net.Pipe()
+	ours, theirs := net.Pipe()
+	f := &freezer{Conn: ours, closed: make(chan struct{})}
 	select {
-	case l.conns <- b:
+	case l.conns <- theirs:
 		l.mu.Lock()
-		l.open = append(l.open, a, b)
+		l.open = append(l.open, f, theirs)
 		l.mu.Unlock()
-		return a, nil
+		return f, nil
 	case <-l.done:
 		return nil, fmt.Errorf("dial %s: connection refused", addr)
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+}
+
+// freeze makes the host's connections silent, as when its machine has lost its power: nobody is told.
+func (n *network) freeze(host string) {
+	n.mu.Lock()
+	l := n.hosts[host]
+	delete(n.hosts, host)
+	n.mu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range l.open {
+		if f, ok := c.(*freezer); ok {
+			f.frozen.Store(true)
+		}
+	}
+}
+
+// freezer is a client's end of a connection that can fall silent.
+type freezer struct {
+	net.Conn
+	frozen atomic.Bool
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (f *freezer) Read(b []byte) (int, error) {
+	n, err := f.Conn.Read(b)
+	if f.frozen.Load() {
+		<-f.closed
+		return 0, net.ErrClosed
+	}
+	return n, err
+}
+
+func (f *freezer) Write(b []byte) (int, error) {
+	if f.frozen.Load() {
+		return len(b), nil // into the buffers of the network
+	}
+	return f.Conn.Write(b)
+}
+
+func (f *freezer) Close() error {
+	f.once.Do(func() { close(f.closed) })
+	return f.Conn.Close()
 }
 
 type pipeListener struct {
