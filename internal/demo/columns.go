@@ -5,7 +5,8 @@ import (
 	"io"
 	"strings"
 	"sync"
-	"unicode/utf8"
+
+	"golang.org/x/text/width"
 )
 
 // columns prints what several clients receive beside each other, line by line, as it arrives. A client that is cut off leaves its column waiting, and fills it when it is back. Its methods may be called
@@ -13,7 +14,7 @@ import (
 type columns struct {
 	// Static after construction.
 	w     io.Writer
-	width int // of a column, in characters
+	width int // of a column, in terminal cells
 
 	mu    sync.Mutex
 	lines [][]string // of each column, not yet printed
@@ -38,7 +39,7 @@ func (c *columns) text(column int, s string) {
 		default:
 			c.open[column] += string(r)
 		}
-		if utf8.RuneCountInString(c.open[column]) > c.width {
+		if cells(c.open[column]) > c.width {
 			c.wrap(column)
 		}
 	}
@@ -105,7 +106,7 @@ func (c *columns) flush(all bool) {
 			}
 			row.WriteString(cell)
 			if i < len(c.lines)-1 {
-				row.WriteString(strings.Repeat(" ", max(0, c.width-utf8.RuneCountInString(cell))))
+				row.WriteString(strings.Repeat(" ", max(0, c.width-cells(cell))))
 			}
 		}
 		c.print(strings.TrimRight(row.String(), " "))
@@ -116,4 +117,18 @@ func (c *columns) print(line string) {
 	if _, err := fmt.Fprintln(c.w, line); err != nil && c.err == nil {
 		c.err = err
 	}
+}
+
+// cells is how many cells of a terminal the text takes: wide characters take two (Unicode, UAX 11).
+func cells(s string) int {
+	n := 0
+	for _, r := range s {
+		switch width.LookupRune(r).Kind() {
+		case width.EastAsianWide, width.EastAsianFullwidth:
+			n += 2
+		default:
+			n++
+		}
+	}
+	return n
 }

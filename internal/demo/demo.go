@@ -256,6 +256,8 @@ type watcher struct {
 	live      []bool
 	envelopes []*schema.Envelope
 	lost      int
+	// speaking is the message and channel whose text stands last in the column.
+	speaking string
 }
 
 func (s *stage) watcher(column int, name, edge string) (*watcher, error) {
@@ -306,14 +308,18 @@ func (w *watcher) take(e *schema.Envelope, live bool) {
 	w.envelopes = append(w.envelopes, e)
 	switch p := e.GetPayload().(type) {
 	case *schema.Envelope_Token:
+		if now := p.Token.GetMessageId() + p.Token.GetChannel().String(); now != w.speaking {
+			if w.speaking != "" {
+				w.stage.screen.text(w.column, "\n\n")
+			}
+			w.speaking = now
+		}
 		w.stage.screen.text(w.column, p.Token.GetText())
-	case *schema.Envelope_MessageCompleted:
-		w.stage.screen.text(w.column, "\n")
 	case *schema.Envelope_ToolCall:
 		if p.ToolCall.GetName() != "" {
-			w.stage.screen.text(w.column, "\n[tool call "+p.ToolCall.GetName()+"]\n")
+			w.stage.screen.text(w.column, "\n\n[calls "+p.ToolCall.GetName()+"]")
 		}
 	case *schema.Envelope_WaitingForInput:
-		w.stage.screen.text(w.column, "\n[asks: "+p.WaitingForInput.GetPrompt()+"]\n")
+		w.stage.screen.text(w.column, "\n\n[asks: "+p.WaitingForInput.GetPrompt()+"]")
 	}
 }

@@ -113,10 +113,10 @@ func sameText(want iter.Seq[*schema.Envelope], got []*schema.Envelope) bool {
 
 // Print writes the report as a table.
 func (r *Report) Print(w io.Writer) error {
-	rows := [][]string{{"", "published"}, {"envelopes", fmt.Sprint(r.Published)}, {"lost", ""}, {"repeated", ""}, {"out of order", ""}, {"text identical", ""}, {"connection lost", ""}, {"latency p50", ""}, {"latency p99", ""}, {"longest outage", ""}}
+	rows := [][]string{{"", "published"}, {"envelopes", fmt.Sprint(r.Published)}, {"lost", ""}, {"repeated", ""}, {"out of order", ""}, {"text identical", ""}, {"times cut off", ""}, {"latency p50", ""}, {"latency p99", ""}, {"longest wait", ""}}
 	for _, t := range r.Tallies {
 		cells := []string{
-			t.Client, fmt.Sprint(t.Received), fmt.Sprint(t.Lost), fmt.Sprint(t.Repeated), fmt.Sprint(t.OutOfOrder), yes(t.SameText), fmt.Sprintf("%d times", t.Cuts),
+			t.Client, fmt.Sprint(t.Received), fmt.Sprint(t.Lost), fmt.Sprint(t.Repeated), fmt.Sprint(t.OutOfOrder), yes(t.SameText), fmt.Sprint(t.Cuts),
 			millis(t.P50), millis(t.P99), millis(t.Longest),
 		}
 		for i := range rows {
