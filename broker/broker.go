@@ -147,9 +147,6 @@ func passing(err error) bool {
 func (b *Broker) layOut(ctx context.Context, js jetstream.JetStream) (jetstream.KeyValue, error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if err := provision(ctx, js, b.cfg.Layout); err != nil {
-		return nil, err
-	}
 	storage := jetstream.FileStorage
 	if b.cfg.Layout.Durability == schema.Durability_DURABILITY_MEMORY {
 		storage = jetstream.MemoryStorage
@@ -163,5 +160,6 @@ func (b *Broker) layOut(ctx context.Context, js jetstream.JetStream) (jetstream.
 	if _, err := kv.Create(ctx, listingKey, newListingSecret()); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
 		return nil, err
 	}
-	return kv, nil
+	// Last, because edges begin when they see the log's first stream.
+	return kv, provision(ctx, js, b.cfg.Layout)
 }

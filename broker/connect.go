@@ -140,7 +140,14 @@ func provision(ctx context.Context, js jetstream.JetStream, l Layout) error {
 		storage = jetstream.MemoryStorage
 	}
 	meta := map[string]string{metaStreams: fmt.Sprint(l.Streams), metaDurability: schema.DurabilityWord(l.Durability), metaVersion: diskVersion}
-	for i := range l.Streams {
+	_, err := js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: registryBucket, History: 1, Replicas: l.Replicas, Storage: storage, Description: "Tidemark's registry of sessions",
+	})
+	if err != nil {
+		return fmt.Errorf("broker: bucket %s: %w", registryBucket, err)
+	}
+	// LOG_00 comes last: whoever finds it finds the rest.
+	for i := l.Streams - 1; i >= 0; i-- {
 		base := jetstream.StreamConfig{
 			Storage: storage, Replicas: l.Replicas, Retention: jetstream.LimitsPolicy, Discard: jetstream.DiscardOld,
 			AllowDirect: true, Metadata: meta,
@@ -157,17 +164,11 @@ func provision(ctx context.Context, js jetstream.JetStream, l Layout) error {
 		page := base
 		page.Name, page.Subjects, page.MaxAge = pageStreamName(i), streamSubjects("page", i, l.Streams), l.MaxAge
 		page.MaxMsgsPerSubject = 1
-		for _, c := range []jetstream.StreamConfig{log, page} {
+		for _, c := range []jetstream.StreamConfig{page, log} {
 			if _, err := js.CreateOrUpdateStream(ctx, c); err != nil {
 				return fmt.Errorf("broker: stream %s: %w", c.Name, err)
 			}
 		}
-	}
-	_, err := js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
-		Bucket: registryBucket, History: 1, Replicas: l.Replicas, Storage: storage, Description: "Tidemark's registry of sessions",
-	})
-	if err != nil {
-		return fmt.Errorf("broker: bucket %s: %w", registryBucket, err)
 	}
 	return nil
 }
