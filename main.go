@@ -38,9 +38,11 @@ type commands struct {
 	Publish  publishCommand  `cmd:"" help:"Publish lines or a recorded stream into a session."`
 	Follow   followCommand   `cmd:"" help:"Show a session as it goes on, over lost connections and edges."`
 	Sessions sessionsCommand `cmd:"" help:"List, show and remove sessions."`
+	Replay   replayCommand   `cmd:"" help:"Read a session's log: as a transcript, as JSON lines, or to verify it."`
 
 	Demo demoCommand `cmd:"" help:"Play a recorded answer to two clients while connections are cut and an edge is killed, and count what arrived."`
 
+	Bench   benchCommand   `cmd:"" help:"Measure throughput and latency from outside, beside raw JetStream."`
 	Token   tokenCommand   `cmd:"" help:"Mint a token and print it."`
 	Show    configCommand  `cmd:"" name:"config" passthrough:"" help:"Print the effective settings of a command and where each comes from: config [COMMAND] [FLAGS]."`
 	Version versionCommand `cmd:"" help:"Print the version."`

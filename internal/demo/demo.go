@@ -290,6 +290,7 @@ func (w *watcher) watch(ctx context.Context, n int) error {
 		case e.Lost != nil:
 			w.lost++
 			caughtUp = false
+			w.stage.cfg.Logger.Debug("a client's connection is lost", "client", w.name, "behind", len(w.got), "error", e.Lost)
 		case e.Attached != nil:
 			resumed = len(w.got)
 		case e.CaughtUp != nil:
