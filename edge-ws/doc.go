@@ -11,5 +11,5 @@
 //
 // What it does not do: listen (the binary runs the http.Server), or drain ([gateway.Gateway.Drain] does, for all edges of the process).
 //
-// Cancellation: a connection is cut when the context of its request ends, which is the server's base context.
+// Cancellation: connections outlive their requests, which end with the upgrade. [Edge.Close] cuts those that the drained gateway has left, and waits for them.
 package edgews

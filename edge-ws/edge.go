@@ -1,12 +1,14 @@
 package edgews
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"path"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/coder/websocket"
@@ -46,8 +48,15 @@ type Config struct {
 
 // Edge is the WebSocket and HTTP edge. Its handlers may be called concurrently.
 type Edge struct {
+	// Static after construction.
 	cfg Config
 	mux *http.ServeMux
+
+	running sync.WaitGroup // connections
+
+	mu     sync.Mutex // guards all below
+	cuts   map[*transport]context.CancelFunc
+	closed bool
 }
 
 // New checks the configuration and makes an edge of it. It starts nothing.
@@ -69,7 +78,7 @@ func New(cfg Config) (*Edge, error) {
 	if cfg.Metrics == nil {
 		cfg.Metrics = prometheus.NewRegistry()
 	}
-	e := &Edge{cfg: cfg, mux: http.NewServeMux()}
+	e := &Edge{cfg: cfg, mux: http.NewServeMux(), cuts: make(map[*transport]context.CancelFunc)}
 	e.mux.HandleFunc("GET /v1/connect", e.connect)
 	e.mux.HandleFunc("GET /ws", e.session)
 	e.mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, state{State: "alive"}) })
@@ -167,8 +176,20 @@ func attachOf(r *http.Request, p *auth.Principal) (*schema.Attach, error) {
 	return a, nil
 }
 
-// serve upgrades the request and runs the connection until it is over.
+// serve upgrades the request and starts the connection.
 func (e *Edge) serve(w http.ResponseWriter, r *http.Request, peer gateway.Peer, subprotocol string) {
+	t, err := accept(w, r, subprotocol, peer.Protocol != gateway.Proto)
+	if err != nil {
+		// The library has answered.
+		e.cfg.Logger.DebugContext(r.Context(), "upgrade refused", "remote", r.RemoteAddr, "err", err)
+		return
+	}
+	peer.Transport = t
+	e.start(t, peer)
+}
+
+// accept upgrades a request.
+func accept(w http.ResponseWriter, r *http.Request, subprotocol string, text bool) (*transport, error) {
 	up := &upgrade{ResponseWriter: w}
 	opts := &websocket.AcceptOptions{
 		// admit has checked the origin, and has an answer in JSON.
@@ -181,16 +202,44 @@ func (e *Edge) serve(w http.ResponseWriter, r *http.Request, peer gateway.Peer, 
 	}
 	c, err := websocket.Accept(up, r, opts)
 	if err != nil {
-		// Accept has answered.
-		e.cfg.Logger.DebugContext(r.Context(), "upgrade refused", "remote", r.RemoteAddr, "err", err)
+		return nil, err
+	}
+	return newTransport(context.WithoutCancel(r.Context()), c, up.wire, text, w.Header().Get("Sec-WebSocket-Extensions") != ""), nil
+}
+
+// start runs a connection in a goroutine of its own, which Close waits for: the request, the server's buffers and the stack of its goroutine are several times what the connection needs.
+func (e *Edge) start(t *transport, peer gateway.Peer) {
+	ctx, cut := context.WithCancel(t.ctx)
+	e.mu.Lock()
+	if e.closed {
+		e.mu.Unlock()
+		cut()
+		t.Close(schema.Code_CODE_GOING_AWAY, "This edge has stopped; connect to another.")
 		return
 	}
-	t := newTransport(r.Context(), c, up.wire, peer.Protocol != gateway.Proto)
-	pings := startPings(t, e.cfg.PingInterval)
-	defer pings.stop()
-	peer.Transport = t
-	// Serve logs and counts the end.
-	_ = e.cfg.Gateway.Serve(r.Context(), peer) //nolint:errcheck // see above
+	e.cuts[t] = cut
+	e.running.Go(func() {
+		pings := startPings(t, e.cfg.PingInterval)
+		// Serve logs and counts the end.
+		_ = e.cfg.Gateway.Serve(ctx, peer) //nolint:errcheck // see above
+		pings.stop()
+		cut()
+		e.mu.Lock()
+		delete(e.cuts, t)
+		e.mu.Unlock()
+	})
+	e.mu.Unlock()
+}
+
+// Close cuts the connections that are left, refuses new ones, and waits until everything has ended. Drain the gateway first, so that nothing is cut.
+func (e *Edge) Close() {
+	e.mu.Lock()
+	e.closed = true
+	for _, cut := range e.cuts {
+		cut()
+	}
+	e.mu.Unlock()
+	e.running.Wait()
 }
 
 // ready says whether the edge takes connections.

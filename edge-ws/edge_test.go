@@ -13,6 +13,7 @@ import (
 
 	"github.com/coder/websocket"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/proto"
 
 	"tidemark/internal/gateway"
 	"tidemark/schema"
@@ -351,6 +352,7 @@ func TestDrain(t *testing.T) {
 	bubble(t, nil, func(w *world) {
 		c, s := w.connect(SubprotocolProto), w.session("sessionName=s")
 		s.wantType("attached")
+		synctest.Wait()
 		done := make(chan error, 1)
 		go func() { done <- w.g.Drain(w.Context(), "It is replaced.") }()
 		if m := want[*schema.ServerFrame_GoingAway](c).GoingAway; m.GetReason() != "It is replaced." {
@@ -497,16 +499,60 @@ func TestI8_SlowReaderCostsOnlyItself(t *testing.T) {
 	})
 }
 
-// TestCutWithTheServer: when the server's base context ends, connections are cut.
-func TestCutWithTheServer(t *testing.T) {
+// TestClose: what a drain has left is cut, and nothing new begins.
+func TestClose(t *testing.T) {
 	bubble(t, nil, func(w *world) {
 		c := w.connect(SubprotocolProto)
 		synctest.Wait()
-		ctx, cancel := context.WithTimeout(w.Context(), 0)
+		ctx, cancel := context.WithCancel(w.Context())
 		cancel()
 		if err := w.g.Drain(ctx, "Now."); err == nil {
 			t.Error("it drained in no time")
 		}
 		want[*schema.ServerFrame_GoingAway](c)
+		synctest.Wait()
+		go w.edge.Close()
+		c.wantClosed(1012, "going_away: ")
+		synctest.Wait()
+		if !strings.Contains(w.logs.String(), "reason=going_away") {
+			t.Errorf("the log says\n%s", w.logs)
+		}
+	})
+	bubble(t, nil, func(w *world) {
+		w.edge.Close()
+		c := w.connect(SubprotocolProto)
+		c.wantClosed(1012, "going_away: ")
+	})
+}
+
+// TestLost: a socket that ends without a close frame is gone, at once.
+func TestLost(t *testing.T) {
+	bubble(t, nil, func(w *world) {
+		w.fill("s", "one")
+		for _, sent := range []string{"", "\x82", "\x82\xfe\x01", "\x82\x85\x00\x00\x00\x00ab", "\x02\x85\x00\x00\x00\x00ab", "\x89\x85\x00\x00"} {
+			w.logs.Reset()
+			r := w.upgrade("/v1/connect?token="+w.agentToken(), "Sec-WebSocket-Protocol: "+SubprotocolProto+"\r\n")
+			attach, err := proto.Marshal(&schema.ClientFrame{Frame: &schema.ClientFrame_Attach{Attach: &schema.Attach{Channel: 1, Session: "s"}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.frame(0x82, attach); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 {
+				if _, _, err := r.next(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := io.WriteString(r, sent); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+			r.Close()
+			synctest.Wait()
+			if !strings.Contains(w.logs.String(), "reason=peer_lost") || !strings.Contains(w.logs.String(), "lasted=0s") {
+				t.Errorf("after %q the log says\n%s", sent, w.logs)
+			}
+		}
 	})
 }

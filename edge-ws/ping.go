@@ -93,5 +93,5 @@ func (p *pings) ping() {
 	}
 	p.t.dead.Store(schema.Refuse(schema.Code_CODE_PEER_DEAD, "The peer answered no ping for %s; come again from the last seq seen.", time.Duration(maxMissed)*p.interval))
 	// Receive returns, and the gateway closes the connection.
-	_ = p.t.wire.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // it fails where the connection is closed
+	p.t.wire.interrupt()
 }

@@ -3,8 +3,9 @@ package edgews
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
-	"sync"
+	"slices"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
@@ -18,8 +19,11 @@ import (
 // closeTimeout is how long the peer may take to answer a close frame.
 const closeTimeout = 5 * time.Second
 
+// lastWrite is how long a dead peer's socket may take to take a close frame.
+const lastWrite = time.Second
+
 // keptBuffer is the largest buffer that a connection keeps between messages, in bytes.
-const keptBuffer = 16 << 10
+const keptBuffer = 4 << 10
 
 // transport implements [gateway.Transport] on a WebSocket.
 type transport struct {
@@ -27,8 +31,13 @@ type transport struct {
 	c    *websocket.Conn
 	wire *wire
 	typ  websocket.MessageType
+	// deflate: the peer asked for compression.
+	deflate bool
 	// ctx has the values of the request and no end: the library arms a timer for every call whose context has one. What is blocked is let go by Close.
 	ctx context.Context
+
+	// quick, of capacity 1, is full while Receive reads without the library.
+	quick chan struct{}
 
 	// Owned by Receive.
 	buf []byte
@@ -36,16 +45,19 @@ type transport struct {
 	// Shared.
 	turns   atomic.Int64 // odd while Receive waits for the peer
 	sending atomic.Bool
-	broken  atomic.Bool // the connection cannot tell the peer anything more
+	closing atomic.Bool // Close has the connection
+	broken  atomic.Bool // the peer cannot be told anything more
 	// status is the close code where the refusal's own would be less exact; 0 otherwise.
 	status atomic.Int64
 	dead   atomic.Pointer[schema.Refusal]
 
-	closed sync.Once
+	// ending: Close was called; over is closed when it has done its work.
+	ending atomic.Bool
+	over   chan struct{}
 }
 
-func newTransport(ctx context.Context, c *websocket.Conn, w *wire, text bool) *transport {
-	t := &transport{c: c, wire: w, typ: websocket.MessageBinary, ctx: context.WithoutCancel(ctx)}
+func newTransport(ctx context.Context, c *websocket.Conn, w *wire, text, deflate bool) *transport {
+	t := &transport{c: c, wire: w, typ: websocket.MessageBinary, deflate: deflate, ctx: ctx, quick: make(chan struct{}, 1), over: make(chan struct{})}
 	if text {
 		t.typ = websocket.MessageText
 	}
@@ -57,15 +69,48 @@ func newTransport(ctx context.Context, c *websocket.Conn, w *wire, text bool) *t
 // Receive implements [gateway.Transport].
 func (t *transport) Receive(context.Context) ([]byte, error) {
 	t.turns.Add(1)
-	b, err := t.receive()
+	b, err := t.receiveQuickly()
+	if err == errNotOrdinary { //nolint:errorlint // it is returned as it is
+		b, err = t.receive()
+	}
 	t.turns.Add(1)
+	switch _, refused := errors.AsType[*schema.Refusal](err); {
+	case refused:
+		return nil, err
+	case err != nil:
+		return nil, t.ended(err)
+	case t.typ == websocket.MessageText && !utf8.Valid(b):
+		t.status.Store(int64(websocket.StatusInvalidFramePayloadData))
+		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The text message is not valid UTF-8.")
+	}
+	return b, nil
+}
+
+// room is the buffer for the next message.
+func (t *transport) room() []byte {
+	if cap(t.buf) == 0 || cap(t.buf) > keptBuffer {
+		return nil
+	}
+	return t.buf[:0]
+}
+
+// receiveQuickly takes a message that comes whole in one frame, as those of tokens do, from the wire.
+func (t *transport) receiveQuickly() ([]byte, error) {
+	t.quick <- struct{}{}
+	defer func() { <-t.quick }()
+	if t.closing.Load() {
+		return nil, errClosing
+	}
+	b, err := t.wire.message(t.room(), 0x80|byte(t.typ), &t.closing)
+	t.buf = b
 	return b, err
 }
 
+// receive lets the library read the next message, whatever it is.
 func (t *transport) receive() ([]byte, error) {
 	typ, r, err := t.c.Reader(t.ctx)
 	if err != nil {
-		return nil, t.ended(err)
+		return nil, err
 	}
 	if typ != t.typ {
 		t.status.Store(int64(websocket.StatusUnsupportedData))
@@ -74,36 +119,30 @@ func (t *transport) receive() ([]byte, error) {
 		}
 		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "This connection speaks binary; a text message came. For text offer the subprotocol %s.", SubprotocolJSON)
 	}
-	b := t.buf[:0]
-	if cap(b) == 0 || cap(b) > keptBuffer {
-		b = make([]byte, 0, 512)
-	}
+	b := t.room()
 	for {
 		if len(b) == cap(b) {
-			b = append(b, 0)[:len(b)]
+			b = slices.Grow(b, max(len(b), landing))
 		}
 		n, err := r.Read(b[len(b):cap(b)])
 		b = b[:len(b)+n]
 		t.buf = b
-		if len(b) > schema.MaxFrameBytes {
+		switch {
+		case len(b) > schema.MaxFrameBytes:
 			// Whatever is left of it is not read.
 			return nil, schema.Refuse(schema.Code_CODE_TOO_LARGE, "The message has more than %d bytes, which is the most that is allowed.", schema.MaxFrameBytes)
-		}
-		if err == io.EOF { //nolint:errorlint // the library returns it as it is
-			break
-		}
-		if err != nil {
-			return nil, t.ended(err)
+		case err == io.EOF && t.wire.failed: //nolint:errorlint // the library returns it as it is
+			// The library takes a connection that ends within a message for the end of the message (v1.8.15, msgReader.Read).
+			return nil, io.ErrUnexpectedEOF
+		case err == io.EOF: //nolint:errorlint // the library returns it as it is
+			return b, nil
+		case err != nil:
+			return nil, err
 		}
 	}
-	if t.typ == websocket.MessageText && !utf8.Valid(b) {
-		t.status.Store(int64(websocket.StatusInvalidFramePayloadData))
-		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The text message is not valid UTF-8.")
-	}
-	return b, nil
 }
 
-// ended is what the library's error means.
+// ended is what the error of a read means.
 func (t *transport) ended(err error) error {
 	if r := t.dead.Load(); r != nil {
 		return r
@@ -112,52 +151,85 @@ func (t *transport) ended(err error) error {
 	if websocket.CloseStatus(err) != -1 {
 		return gateway.ErrPeerClosed
 	}
-	return err
+	// The library's error may be io.EOF inside, which would say that the peer still reads.
+	return fmt.Errorf("edgews: the connection was lost: %v", err) //nolint:errorlint // see above
 }
 
 // Send implements [gateway.Transport].
 func (t *transport) Send(_ context.Context, messages [][]byte) error {
 	t.sending.Store(true)
 	defer t.sending.Store(false)
-	t.wire.gather()
-	var errs error
-	for _, m := range messages {
-		// Into memory: this does not block.
-		if err := t.c.Write(t.ctx, t.typ, m); err != nil {
-			errs = err
-			break
+	kept := outs.Get().(*[]byte) //nolint:errcheck // the pool holds nothing else
+	b := *kept
+	var err error
+	if t.deflate {
+		b, err = t.wire.gather(b, func() error {
+			for _, m := range messages {
+				if err := t.c.Write(t.ctx, t.typ, m); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	} else {
+		for _, m := range messages {
+			b = appendFrame(b, byte(t.typ), m)
 		}
 	}
-	if err := t.wire.flush(); err != nil {
-		errs = errors.Join(errs, err)
+	if err == nil {
+		err = t.wire.send(b)
 	}
-	if errs != nil {
+	if cap(b) <= keptOut {
+		*kept = b[:0]
+		outs.Put(kept)
+	}
+	if err != nil {
 		t.broken.Store(true)
 	}
-	return errs
+	return err
 }
 
 // Close implements [gateway.Transport].
 func (t *transport) Close(code schema.Code, message string) {
-	t.closed.Do(func() {
-		if t.broken.Load() || t.sending.Load() {
-			t.wire.cut()
-			_ = t.c.CloseNow() //nolint:errcheck // there is nothing to be lost
-			return
-		}
-		status := websocket.StatusNormalClosure
-		if code != schema.Code_CODE_UNSPECIFIED {
-			status = websocket.StatusCode(code.Rule().Close)
-		}
-		if s := t.status.Load(); s != 0 {
-			status = websocket.StatusCode(s)
-		}
-		if t.dead.Load() == nil {
-			// The library's own timeout does not cover the rest of a message that stands before the peer's close frame.
-			_ = t.wire.SetReadDeadline(time.Now().Add(closeTimeout)) //nolint:errcheck // it fails where the connection is closed
-		}
-		_ = t.c.Close(status, reason(code, message)) //nolint:errcheck // a peer that does not answer is closed all the same
-	})
+	if t.ending.Swap(true) {
+		<-t.over
+		return
+	}
+	defer close(t.over)
+	if t.broken.Load() || t.sending.Load() {
+		t.wire.cut()
+		_ = t.c.CloseNow() //nolint:errcheck // there is nothing to be lost
+		return
+	}
+	status := websocket.StatusNormalClosure
+	if code != schema.Code_CODE_UNSPECIFIED {
+		status = websocket.StatusCode(code.Rule().Close)
+	}
+	if s := t.status.Load(); s != 0 {
+		status = websocket.StatusCode(s)
+	}
+	// From here on the library reads: it waits for the peer's close frame.
+	t.closing.Store(true)
+	if t.wire.filling.Load() {
+		t.wire.interrupt()
+	}
+	t.quick <- struct{}{}
+	<-t.quick
+	if t.dead.Load() != nil {
+		// No answer is to be expected, but it may be read one day why the connection ended.
+		_ = t.wire.SetWriteDeadline(time.Now().Add(lastWrite))     //nolint:errcheck // it fails where the connection is closed
+		_ = t.wire.send(closeFrame(status, reason(code, message))) //nolint:errcheck // nothing is left to be tried
+		_ = t.c.CloseNow()                                         //nolint:errcheck // there is nothing to be lost
+		return
+	}
+	// The library's own timeout does not cover the rest of a message that stands before that frame.
+	_ = t.wire.SetReadDeadline(time.Now().Add(closeTimeout)) //nolint:errcheck // it fails where the connection is closed
+	_ = t.c.Close(status, reason(code, message))             //nolint:errcheck // a peer that does not answer is closed all the same
+}
+
+// closeFrame is a close frame with a code and a reason.
+func closeFrame(status websocket.StatusCode, reason string) []byte {
+	return appendFrame(nil, opClose, append([]byte{byte(status >> 8), byte(status)}, reason...))
 }
 
 // maxReason is what a close frame has room for, in bytes (RFC 6455, section 5.5).

@@ -89,14 +89,13 @@ func bubble(t *testing.T, change func(*Config, *gateway.Config), test func(w *wo
 		if w.edge, err = New(ec); err != nil {
 			t.Fatal(err)
 		}
-		ctx, cut := context.WithCancel(t.Context())
-		srv := &http.Server{Handler: w.edge.Handler(), BaseContext: func(net.Listener) context.Context { return ctx }, ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelError)}
+		srv := &http.Server{Handler: w.edge.Handler(), ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelError)}
 		served := make(chan error, 1)
 		go func() { served <- srv.Serve(w.l) }()
 		tr := &http.Transport{DialContext: w.l.dial}
 		w.http = &http.Client{Transport: tr}
 		defer func() {
-			cut()
+			w.edge.Close()
 			tr.CloseIdleConnections()
 			_ = srv.Close()
 			if err := <-served; !errors.Is(err, http.ErrServerClosed) {
