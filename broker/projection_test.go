@@ -137,3 +137,89 @@ func TestFrameAcrossTwoSlots(t *testing.T) {
 		s.rebuilt()
 	})
 }
+
+// Between a page and the record there may be a death, and nothing more may come of the session: the record is written all the same.
+func TestRecordFollowsItsPage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShelf(t, 1, 43)
+		w := s.scribe("default", "a")
+		for range 4 {
+			w.append(w.random(), w.random())
+		}
+		w.some(256 - 8)
+		p := s.projection(1 << 20)
+		s.feed(p, 0, 1, w.st.frame)
+		if err := p.store(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		if r, _, err := s.r.record(t.Context(), w.ln); r != nil || err != nil {
+			t.Fatalf("the record is there already: %v, %v", r, err)
+		}
+		next := s.projection(1 << 20)
+		s.feed(next, 0, p.stored(w.st.frame)+1, w.st.frame)
+		if err := next.tick(t.Context(), time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		if r, _, err := s.r.record(t.Context(), w.ln); r.GetHeadSeq() != 256 || err != nil {
+			t.Fatalf("the record is %v, %v", r, err)
+		}
+		s.rebuilt()
+	})
+}
+
+// Pages that were deleted by hand come back as far as the log has them when the session gets a frame.
+func TestPagesComeBackWithTheNextFrame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShelf(t, 1, 47)
+		w := s.scribe("default", "a")
+		w.some(900)
+		p := s.projection(1 << 20)
+		s.feed(p, 0, 1, w.st.frame)
+		if err := p.flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		s.forget()
+		last := w.append(w.random())
+		p = s.projection(1 << 20)
+		s.feed(p, 0, last.StreamSeq, last.StreamSeq)
+		if err := p.flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(s.derived()); n != 4+1 {
+			t.Errorf("%d messages are derived, want 4 pages and a record", n)
+		}
+		s.rebuilt()
+	})
+}
+
+// Of a deleted session nothing is left, not even what was in memory when it was deleted.
+func TestDeletedSessionLeavesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShelf(t, 1, 53)
+		w := s.scribe("default", "a")
+		w.some(600)
+		p := s.projection(1 << 20)
+		at := s.feed(p, 0, 1, w.st.frame)
+		if err := p.tick(t.Context(), time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		w.delete()
+		tombstone := w.st.frame
+		at = s.feed(p, 0, at, tombstone)
+		if err := p.flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if all := s.derived(); len(all) > 0 {
+			t.Errorf("%d messages are left", len(all))
+		}
+		if p.size != 0 || len(p.dirty) != 0 || p.stored(tombstone) != tombstone {
+			t.Errorf("%d bytes and %d sessions are left in memory", p.size, len(p.dirty))
+		}
+		w.some(10)
+		s.feed(p, 0, at, w.st.frame)
+		if err := p.flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		s.rebuilt()
+	})
+}
