@@ -22,7 +22,7 @@ func bench(b *testing.B, d schema.Durability) (*natsd.Server, *broker.JetStreamL
 	if err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { _ = node.Shutdown(context.Background()) })
+	b.Cleanup(func() { _ = node.Shutdown(context.WithoutCancel(b.Context())) })
 	server := broker.Server{InProcess: node, Name: "bench"}
 	if err := broker.Provision(b.Context(), server, broker.Layout{Durability: d}); err != nil {
 		b.Fatal(err)
@@ -31,7 +31,7 @@ func bench(b *testing.B, d schema.Durability) (*natsd.Server, *broker.JetStreamL
 	if err != nil {
 		b.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(b.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		if err := l.Run(ctx); err != nil {
@@ -39,7 +39,7 @@ func bench(b *testing.B, d schema.Durability) (*natsd.Server, *broker.JetStreamL
 		}
 	})
 	b.Cleanup(func() {
-		_ = l.Close(context.Background())
+		_ = l.Close(context.WithoutCancel(b.Context()))
 		cancel()
 		wg.Wait()
 	})
@@ -76,7 +76,7 @@ func BenchmarkAppend(b *testing.B) {
 						window := make(chan struct{}, 256)
 						for i := s; i < b.N; i += sessions {
 							window <- struct{}{}
-							l.Publish(context.Background(), id, &broker.Submission{
+							l.Publish(b.Context(), id, &broker.Submission{
 								Envelopes: []schema.Accepted{benchToken(b, stamp, i)},
 								Done: func(_ broker.Receipt, err error) {
 									if err != nil {

@@ -48,11 +48,6 @@ func (l *lookup) Error() string {
 
 func newDraft(id schema.SessionID, st *state) *draft { return &draft{id: id, st: st, head: st.head} }
 
-// fits reports whether the frame has room for the submission. The first always fits.
-func (d *draft) fits(s *Submission, size int) bool {
-	return len(d.envelopes) == 0 || len(d.envelopes)+len(s.Envelopes) <= maxFrameEnvelopes && d.size+size <= maxFrameBytes
-}
-
 // add decides about a submission. stored is set where the answer is known at once: it is a duplicate of what is stored. Otherwise, without an error, the frame answers it.
 // The error is a refusal, or a [*lookup].
 func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {

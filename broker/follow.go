@@ -47,8 +47,9 @@ func (f *tailFollower) begin(ctx context.Context, o FollowOptions) (Attachment, 
 			return at, err
 		}
 		return f.beginAt(ctx, o)
+	default:
+		return at, err
 	}
-	return at, err
 }
 
 func (f *tailFollower) beginAt(ctx context.Context, o FollowOptions) (Attachment, error) {
@@ -300,7 +301,7 @@ func (l *JetStreamLog) consume(ctx context.Context, stream string, t *tail, caug
 	now := s.CachedInfo().State
 	at := t.position()
 	if now.LastSeq < at {
-		l.logger.Error("a log stream went back; sessions in it are read anew", "stream", stream, "was at", at, "is at", now.LastSeq)
+		l.logger.Error("a log stream went back; sessions in it are read anew", "stream", stream, "was_at", at, "is_at", now.LastSeq)
 		t.reset()
 		at = 0
 	}

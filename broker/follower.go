@@ -96,7 +96,7 @@ func (f *Follower) Take(limit int) (Batch, error) {
 	if err != nil {
 		return Batch{}, err
 	}
-	return f.advance(views, 0), nil
+	return f.advance(views, 0)
 }
 
 // Fetch reads what is stored behind the cursor, where Take said [ErrBehind], and moves the cursor. It may take as long as the log does. An empty batch: call Take again.
@@ -105,7 +105,7 @@ func (f *Follower) Fetch(ctx context.Context, limit int) (Batch, error) {
 	if err != nil {
 		return Batch{}, err
 	}
-	return f.advance(views, gap), nil
+	return f.advance(views, gap)
 }
 
 // Next waits until there is something and returns it, from wherever it is.
@@ -136,7 +136,7 @@ func (f *Follower) Next(ctx context.Context, limit int) (Batch, error) {
 func (f *Follower) Close() { f.closeOnce.Do(f.src.close) }
 
 // advance moves the cursor over the views and makes the batch of them.
-func (f *Follower) advance(views []View, gap uint64) Batch {
+func (f *Follower) advance(views []View, gap uint64) (Batch, error) {
 	b := Batch{Views: views, moved: len(views) > 0}
 	if gap > f.cursor.Seq+1 {
 		b.Wanted, b.First = f.cursor.Seq+1, gap
@@ -146,7 +146,7 @@ func (f *Follower) advance(views []View, gap uint64) Batch {
 	for _, v := range views {
 		if v.From != f.cursor.Seq+1 {
 			// The sources check this; a hole that came through them would break I4, and going on would hide it.
-			panic("broker: a follower was given a seq out of order")
+			return Batch{}, schema.Refuse(schema.Code_CODE_INTERNAL, "The log gave seq %d where %d is next; read again from the last seq you saw.", v.From, f.cursor.Seq+1)
 		}
 		f.cursor.Seq = v.To
 		f.cursor.Epoch = v.Epoch
@@ -161,7 +161,7 @@ func (f *Follower) advance(views []View, gap uint64) Batch {
 	if f.merge && catching {
 		b.Views = mergeTokens(b.Views)
 	}
-	return b
+	return b, nil
 }
 
 // filter keeps the envelopes of the wanted kinds, as views of the same blocks: one for each unbroken run.

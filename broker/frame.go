@@ -151,6 +151,8 @@ func (f *frame) field(num protowire.Number, typ protowire.Type, value []byte) {
 		case frameID:
 			f.ID = string(body)
 		}
+	default:
+		// Of a later version.
 	}
 }
 

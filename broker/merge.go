@@ -79,8 +79,7 @@ func (m *merger) flush(out []View) []View {
 	m.env.GetToken().Text = string(m.text)
 	raw, err := proto.Marshal(m.env)
 	if err != nil {
-		// It was decoded from bytes just now; there is nothing in it that cannot be encoded.
-		panic("broker: a merged envelope cannot be encoded: " + err.Error())
+		panic("broker: a merged envelope cannot be encoded: " + err.Error()) //nolint:forbidigo // invariant: what was decoded can be encoded, and UTF-8 joined is UTF-8
 	}
 	region := protowire.AppendBytes(protowire.AppendTag(nil, frameEnvelopes, protowire.BytesType), raw)
 	b := &Block{Epoch: m.at.Epoch, First: m.env.GetSeq(), Count: 1, Region: region, Time: m.at.Time}

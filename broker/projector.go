@@ -63,7 +63,7 @@ func (p *projector) hold(ctx context.Context) error {
 	}
 	read := p.lease.position()
 	if last := s.CachedInfo().State.LastSeq; last < read {
-		p.logger.Error("the log stream is shorter than the projector's checkpoint; it is projected from the beginning. Where it was made anew, remove the old pages with `tidemark broker --rebuild-pages`",
+		p.logger.Error("the log stream is shorter than the projector's checkpoint; it is projected from the beginning. Where it was made anew, derive the pages again with `tidemark rebuild`",
 			"stream", p.stream, "checkpoint", read, "last", last)
 		read = 0
 	}

@@ -134,6 +134,8 @@ func (s *state) foldPayload(seq uint64, kind schema.Kind, payload []byte, p sche
 		if proto.Unmarshal(payload, &m) == nil && m.Recoverable != nil && !m.GetRecoverable() {
 			s.foldStatus(schema.Status_STATUS_FAILED)
 		}
+	default:
+		// The others do not move the session.
 	}
 }
 
