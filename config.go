@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/alecthomas/kong"
 	"go.yaml.in/yaml/v3"
@@ -119,7 +120,7 @@ func (s *settings) Resolve(_ *kong.Context, _ *kong.Path, flag *kong.Flag) (any,
 	return nil, nil
 }
 
-// find returns a setting and says where it comes from; empty where it is in neither place.
+// find returns a setting and says where it comes from; empty where it is in neither place. One that is set to nothing counts as not set.
 func (s *settings) find(name string) (value, from string) {
 	if name == "help" {
 		return "", ""
@@ -127,13 +128,13 @@ func (s *settings) find(name string) (value, from string) {
 	if value, ok := s.fromEnvironment(name); ok {
 		return value, "environment " + variable(name)
 	}
-	if value, ok := s.file[name]; ok {
+	if value := s.file[name]; value != "" {
 		return value, "file " + s.path
 	}
 	return "", ""
 }
 
-// fromEnvironment finds a setting's variable. One that is set to nothing counts as not set.
+// fromEnvironment finds a setting's variable.
 func (s *settings) fromEnvironment(name string) (string, bool) {
 	value, _ := s.lookup(variable(name))
 	return value, value != ""
@@ -224,6 +225,12 @@ func shown(v reflect.Value) string {
 		return "(secret)"
 	case serverURL:
 		value = redacted(string(x))
+	case time.Time:
+		if !x.IsZero() {
+			value = x.Format(time.RFC3339Nano)
+		} else {
+			value = ""
+		}
 	case fmt.Stringer:
 		value = x.String()
 	default:
