@@ -1,0 +1,11 @@
+package world
+
+import (
+	"os"
+	"testing"
+)
+
+func TestMain(m *testing.M) {
+	Prepare()
+	os.Exit(m.Run())
+}

@@ -1,0 +1,28 @@
+package world
+
+import (
+	"testing"
+
+	"tidemark/schema"
+)
+
+// TestEveryWay is the world itself: what goes in by any way comes out by every other, on the other edge.
+func TestEveryWay(t *testing.T) {
+	Run(t, Config{}, func(w *World) {
+		var readers []*Reader
+		for _, out := range Ways() {
+			readers = append(readers, w.Read("s", ReaderOptions{Ways: []Way{out}, Edges: []*Edge{w.Edge(1)}}))
+		}
+		for i, in := range Ways() {
+			p := w.Join(w.Edge(0), in, "s")
+			if a := p.Put("s", Token(in.String())); a.First != uint64(i+1) || a.Durability != schema.Durability_DURABILITY_FSYNC {
+				t.Errorf("%s: %+v", in, a)
+			}
+		}
+		for _, r := range readers {
+			if got := Texts(r.Wait(5)); got != "protojsonsessiongrpccalls" {
+				t.Errorf("%v read %q", r.o.Ways, got)
+			}
+		}
+	})
+}
