@@ -3,6 +3,8 @@ package logtest
 import (
 	"bytes"
 	"fmt"
+	"math/rand/v2"
+	"sync"
 	"time"
 
 	"tidemark/broker"
@@ -126,6 +128,82 @@ func testRepeatedOnAnotherEdge(w *world) {
 			r.holds(g.r.First, want)
 			r.f.Close()
 		}
+	}
+}
+
+// testRetriesUnderContention has several writers flood one session over two edges and send much of it twice, to the same edge or to the other, at once or a moment later, as clients do that lose their
+// connection: all tries are answered with one place, and everything is there once.
+func testRetriesUnderContention(w *world) {
+	edges := []*world{w, w.otherEdge()}
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	places := map[uint64][]schema.Accepted{} // by first seq
+	for i := range 6 {
+		rng := rand.New(rand.NewPCG(uint64(i), 1))
+		next := uint64(1)
+		wg.Go(func() {
+			for j := range 25 {
+				// Half of the writers have a producer, whose retries have other ids.
+				n := 1 + rng.IntN(4)
+				again := func() []schema.Accepted {
+					var part []schema.Accepted
+					for k := range n {
+						part = append(part, Produced(fmt.Sprint("p", i), 1, next+uint64(k)))
+					}
+					return part
+				}
+				if i%2 == 0 {
+					part := Tokens(fmt.Sprint("m", i), n)
+					again = func() []schema.Accepted { return part }
+				}
+				var answers []<-chan answer
+				var tried [][]schema.Accepted
+				for try := range 1 + rng.IntN(3) {
+					if try > 0 && rng.IntN(2) == 0 {
+						time.Sleep(time.Duration(rng.IntN(3000)) * time.Microsecond)
+					}
+					part := again()
+					tried = append(tried, part)
+					answers = append(answers, edges[rng.IntN(2)].submit(broker.Submission{Envelopes: part}))
+				}
+				first := uint64(0)
+				for try, ch := range answers {
+					a := <-ch
+					if a.err != nil || first != 0 && a.r.First != first || a.r.Last != a.r.First+uint64(n)-1 {
+						w.Errorf("writer %d, publish %d, try %d was answered %+v, %v; the first went to %d", i, j, try, a.r, a.err, first)
+						return
+					}
+					first = a.r.First
+				}
+				next += uint64(n)
+				mu.Lock()
+				places[first] = tried[0]
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	if w.Failed() {
+		w.FailNow()
+	}
+	// The places are side by side, and what is there is what was sent there.
+	all := w.follow(broker.FollowOptions{}).until(w.head()).got
+	seq := uint64(1)
+	for seq <= uint64(len(all)) {
+		part := places[seq]
+		if part == nil {
+			w.Fatalf("nobody was told of seq %d, %v", seq, all[seq-1].env)
+		}
+		for k, a := range part {
+			e := all[seq-1+uint64(k)].env
+			if p := a.Producer; p.ID != "" && (e.GetProducer().GetId() != p.ID || e.GetProducer().GetSeq() != p.Seq) || p.ID == "" && e.GetId() != a.ID.String() {
+				w.Fatalf("at seq %d stands %v, not what was acknowledged there", seq+uint64(k), e)
+			}
+		}
+		seq += uint64(len(part))
+	}
+	if seq != uint64(len(all))+1 {
+		w.Fatalf("the last place goes up to %d, and the session to %d", seq-1, len(all))
 	}
 }
 

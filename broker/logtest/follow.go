@@ -54,6 +54,8 @@ func testFollowSince(w *world) {
 		part := Tokens("m", 1+i%3)
 		all = append(all, part...)
 		w.publish(part...)
+		// A frame is stored at its own time.
+		marks = append(marks, mark{w.session().GetUpdated().AsTime(), marks[len(marks)-1].after})
 		time.Sleep(time.Minute)
 	}
 	marks = append(marks, mark{time.Now(), uint64(len(all))}, mark{time.Now().Add(time.Hour), uint64(len(all))}, mark{time.Unix(1, 0), 0})

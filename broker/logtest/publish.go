@@ -473,6 +473,7 @@ func testProducerGap(w *world) {
 		}
 	}
 	expect(1, Produced("p", 1, 2))
+	expect(2, Produced("p", 1, 1), Produced("p", 1, 1))
 	w.publish(Produced("p", 1, 1))
 	expect(2, Produced("p", 1, 3))
 	expect(3, Produced("p", 1, 2), Produced("p", 1, 4))

@@ -234,7 +234,13 @@ func testFollowWakes(w *world) {
 			}
 		}
 	}
+	synctest.Wait()
+	select {
+	case <-woken:
+	default:
+	}
 	w.delete()
+	wait("a deletion")
 	for {
 		_, err := r.f.Take(r.limit)
 		if schema.CodeOf(err) == schema.Code_CODE_SESSION_DELETED {

@@ -102,6 +102,7 @@ func cases() []testCase {
 		{"I2_EdgesAppendAtOnce", testEdgesAppendAtOnce},
 		{"I2_EdgesFloodAndTrickle", testEdgesFloodAndTrickle},
 		{"I3_RepeatedOnAnotherEdge", testRepeatedOnAnotherEdge},
+		{"I3_RetriesUnderContention", testRetriesUnderContention},
 		{"I6_FencedOnAnotherEdge", testFencedOnAnotherEdge},
 		{"ExpectedSeqHasOneWinnerOverEdges", testExpectedSeqOverEdges},
 		{"DecidedOnWhatIsAcknowledged", testDecidedOnWhatIsAcknowledged},

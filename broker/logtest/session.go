@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"testing/synctest"
 	"time"
 
 	"tidemark/broker"
@@ -253,6 +254,8 @@ func testDeleteTellsFollowers(w *world) {
 			}
 		}
 	}()
+	// It waits for a wake by now.
+	synctest.Wait()
 	w.delete()
 	w.refusal(schema.Code_CODE_SESSION_DELETED, <-waiting)
 	atHead.ends(schema.Code_CODE_SESSION_DELETED)
