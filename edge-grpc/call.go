@@ -23,12 +23,12 @@ type call[Req, Res any] struct {
 }
 
 // The calls of the service that are not streams.
-var ( //nolint:gochecknoglobals // a table that nothing writes
-	createSession = call[schema.CreateSessionRequest, schema.CreateSessionResponse]{"CreateSession", (*Edge).createSession, rejected}
-	getSession    = call[schema.GetSessionRequest, schema.GetSessionResponse]{"GetSession", (*Edge).getSession, failed}
-	listSessions  = call[schema.ListSessionsRequest, schema.ListSessionsResponse]{"ListSessions", (*Edge).listSessions, failed}
-	deleteSession = call[schema.DeleteSessionRequest, schema.DeleteSessionResponse]{"DeleteSession", (*Edge).deleteSession, failed}
-	appendOnce    = call[schema.AppendRequest, schema.AppendResponse]{"Append", (*Edge).append, rejected}
+var (
+	createSession = call[schema.CreateSessionRequest, schema.CreateSessionResponse]{"CreateSession", (*Edge).createSession, rejected} //nolint:gochecknoglobals // a row of a table that nothing writes
+	getSession    = call[schema.GetSessionRequest, schema.GetSessionResponse]{"GetSession", (*Edge).getSession, failed}               //nolint:gochecknoglobals // a row of a table that nothing writes
+	listSessions  = call[schema.ListSessionsRequest, schema.ListSessionsResponse]{"ListSessions", (*Edge).listSessions, failed}       //nolint:gochecknoglobals // a row of a table that nothing writes
+	deleteSession = call[schema.DeleteSessionRequest, schema.DeleteSessionResponse]{"DeleteSession", (*Edge).deleteSession, failed}   //nolint:gochecknoglobals // a row of a table that nothing writes
+	appendOnce    = call[schema.AppendRequest, schema.AppendResponse]{"Append", (*Edge).append, rejected}                             //nolint:gochecknoglobals // a row of a table that nothing writes
 )
 
 // run carries out one call for the bearer of the token.
@@ -97,10 +97,10 @@ type stream struct {
 	hello bool
 }
 
-var ( //nolint:gochecknoglobals // a table that nothing writes
-	appendStream = stream{method: "AppendStream", protocol: gateway.ProtoPublish}
-	follow       = stream{method: "Follow", protocol: gateway.Proto, follows: true}
-	connection   = stream{method: "Connect", protocol: gateway.Proto, hello: true}
+var (
+	appendStream = stream{method: "AppendStream", protocol: gateway.ProtoPublish}   //nolint:gochecknoglobals // a row of a table that nothing writes
+	follow       = stream{method: "Follow", protocol: gateway.Proto, follows: true} //nolint:gochecknoglobals // a row of a table that nothing writes
+	connection   = stream{method: "Connect", protocol: gateway.Proto, hello: true}  //nolint:gochecknoglobals // a row of a table that nothing writes
 )
 
 // peer prepares what the gateway needs to know of a stream whose caller sent this token. first is the message of a stream that follows.

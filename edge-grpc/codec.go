@@ -5,12 +5,11 @@ import (
 
 	"connectrpc.com/connect"
 	"google.golang.org/grpc/encoding"
+	// Registers protobuf's codec, which nativeCodec stands on.
+	grpcproto "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
-
-	// Registers protobuf's codec, which nativeCodec stands on.
-	grpcproto "google.golang.org/grpc/encoding/proto"
 )
 
 // message is a message of a stream as its bytes: what the gateway reads and writes itself.

@@ -13,12 +13,11 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
+	// Registers the compression that clients of gRPC ask for most.
+	_ "google.golang.org/grpc/encoding/gzip"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
-
-	// Registers the compression that clients of gRPC ask for most.
-	_ "google.golang.org/grpc/encoding/gzip"
 
 	"tidemark/broker"
 	"tidemark/internal/auth"
@@ -129,7 +128,6 @@ func New(cfg Config) (*Edge, error) {
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connectionWindow),
-		grpc.SharedWriteBuffer(true),
 		grpc.ConnectionTimeout(routeTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: cfg.KeepAlive, Timeout: keepAliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepAliveMin, PermitWithoutStream: true}),

@@ -118,10 +118,16 @@ type nativeTransport struct {
 // Receive waits for the client's next message.
 func (t *nativeTransport) Receive(context.Context) ([]byte, error) {
 	t.in.bytes = t.in.bytes[:0]
-	if err := t.stream.RecvMsg(&t.in); err != nil {
-		return nil, nativeReceiveError(err)
+	err := t.stream.RecvMsg(&t.in)
+	if err == nil {
+		return t.in.bytes, nil
 	}
-	return t.in.bytes, nil
+	err = nativeReceiveError(err)
+	if r, ok := errors.AsType[*schema.Refusal](err); ok {
+		// grpc-go has ended the stream already, with a status of its own.
+		t.end(r.Code, r.Message)
+	}
+	return nil, err
 }
 
 // nativeReceiveError says what grpc-go's error means to the gateway.
@@ -163,13 +169,19 @@ func (t *nativeTransport) Send(_ context.Context, messages [][]byte) error {
 
 // Close ends the stream with the code's status.
 func (t *nativeTransport) Close(code schema.Code, text string) {
-	t.mu.Lock()
-	if !t.ended {
-		t.ended = true
-		t.failure = t.last.failure(code, text)
-		close(t.closed)
-	}
-	t.mu.Unlock()
+	t.end(code, text)
 	// The handler returns now, and with it the stream ends.
 	<-t.stream.Context().Done()
+}
+
+// end fixes the status, unless it is fixed.
+func (t *nativeTransport) end(code schema.Code, text string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ended {
+		return
+	}
+	t.ended = true
+	t.failure = t.last.failure(code, text)
+	close(t.closed)
 }

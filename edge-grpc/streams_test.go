@@ -6,13 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-
 	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -273,6 +273,29 @@ func testConnect(w *world, d dialect) {
 	c.wantEnd()
 }
 
+// A client learns that its stream is there before the edge has anything to say.
+func TestHeaderComesFirst(t *testing.T) {
+	inWorld(t, func(w *world) {
+		began := time.Now()
+		k := w.dial(dialects[0], "")
+		s, err := k.grpc.NewStream(w.ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, procedure("Connect"))
+		w.must(err)
+		if _, err := s.Header(); err != nil {
+			w.Error(err)
+		}
+		web := w.dial(dialects[6], "").rpc("Connect").CallBidiStream(w.ctx)
+		w.must(web.Send(nil))
+		if h := web.ResponseHeader(); h.Get("Content-Type") != "application/connect+proto" {
+			w.Errorf("header %v", h)
+		}
+		if d := time.Since(began); d != 0 {
+			w.Errorf("the headers came after %s", d)
+		}
+		_ = web.CloseRequest()
+		_ = web.CloseResponse()
+	})
+}
+
 // What a newer client put into an envelope comes out as it went in.
 func TestUnknownFieldsSurvive(t *testing.T) {
 	eachBidi(t, func(w *world, d dialect) {
@@ -341,6 +364,10 @@ func TestTooLarge(t *testing.T) {
 		}
 		if p, ok := errors.AsType[*problem](err); !ok || p.grpc != schema.Code_CODE_TOO_LARGE.Rule().GRPC {
 			w.Errorf("5 MiB: %v", err)
+		}
+		synctest.Wait()
+		if n := w.counter("tidemark_grpc_calls_total", "method", "AppendStream", "code", "too_large"); n != 2 {
+			w.Errorf("%v streams ended with too_large, want 2", n)
 		}
 		other.say(publishOf(1, "s", "still here"))
 		if f := other.next(); f.GetPublished() == nil {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"math"
 	"net/http"
 	"strings"
 	"sync"
@@ -44,12 +45,10 @@ func (e *Edge) webHandler() http.Handler {
 	return e.allowOrigins(decodeText(withController(mux)))
 }
 
-// compressFrom is the smallest message that is compressed for clients that ask for it: history, not tokens. connect-go's clients ask by default, and gzip costs some 50 µs a message.
-const compressFrom = 16 << 10
-
-// webOptions are those of every handler.
+// webOptions are those of every handler. Compressed requests are understood, but answers are not compressed: connect-go's clients ask for it without being told to, and gzip costs some 25 µs a
+// KiB, many times what all else costs.
 func webOptions() connect.HandlerOption {
-	return connect.WithHandlerOptions(webCodecs(), connect.WithReadMaxBytes(maxWebMessage), connect.WithCompressMinBytes(compressFrom))
+	return connect.WithHandlerOptions(webCodecs(), connect.WithReadMaxBytes(maxWebMessage), connect.WithCompressMinBytes(math.MaxInt))
 }
 
 func (c call[Req, Res]) web(e *Edge) (string, *connect.Handler) {

@@ -384,7 +384,8 @@ func (k *client) open(method string, clientStreams bool) *conversation {
 	}
 	// Nil sends the header alone.
 	_ = s.Send(nil)
-	return &conversation{w: k.w, cancel: func() { cancel(); _ = s.CloseRequest(); _ = s.CloseResponse() }, finish: func() { _ = s.CloseRequest() },
+	return &conversation{
+		w: k.w, cancel: func() { cancel(); _ = s.CloseRequest(); _ = s.CloseResponse() }, finish: func() { _ = s.CloseRequest() },
 		send: func(m proto.Message) error { return s.Send(k.encode(m)) },
 		recv: func() (*schema.ServerFrame, error) {
 			m, err := s.Receive()
@@ -394,7 +395,8 @@ func (k *client) open(method string, clientStreams bool) *conversation {
 			f := new(schema.ServerFrame)
 			k.decode(m, f)
 			return f, nil
-		}}
+		},
+	}
 }
 
 // say sends a client's frame.
