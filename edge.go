@@ -179,7 +179,11 @@ func (p *process) startEdges(c *core, f *edgeFlags, overHTTP, overGRPC net.Liste
 			return err
 		}
 		s := p.serveHTTP(cutting, "WebSocket edge", overHTTP, e.Handler())
-		ends = append(ends, func(ctx context.Context, reason string) error { return drainHTTP(ctx, c.gateway, s, reason) })
+		ends = append(ends, func(ctx context.Context, reason string) error {
+			// What the drain has left is cut.
+			defer e.Close()
+			return drainHTTP(ctx, c.gateway, s, reason)
+		})
 	}
 	p.onStop("edges", drainWithin, func(ctx context.Context) error {
 		defer cut()

@@ -103,15 +103,9 @@ var starts = map[string]func(w *world, g *gateway.Gateway, l net.Listener) (serv
 		e, err := edgews.New(edgews.Config{Gateway: g, Verify: w.verify})
 		w.must(err)
 		s := &http.Server{Handler: e.Handler()}
-		var conns sync.WaitGroup
-		s.Handler = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-			conns.Add(1)
-			defer conns.Done()
-			e.Handler().ServeHTTP(rw, r)
-		})
 		return func(ctx context.Context) error {
 			s.BaseContext = func(net.Listener) context.Context { return ctx }
-			defer conns.Wait()
+			defer e.Close()
 			defer context.AfterFunc(ctx, func() { s.Close() })()
 			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 				return err

@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -16,9 +15,9 @@ import (
 	"tidemark/internal/gateway"
 )
 
-// Edge is an edge process with both faces on one log.
+// Edge is an edge process with both faces on one log, at an address. A process that takes the place of another has its address and another name in the log.
 type Edge struct {
-	// Name is unique in the world, and over restarts.
+	// Name is the address; the fields below are those of the process that is there now.
 	Name    string
 	Log     *broker.JetStreamLog
 	Gateway *gateway.Gateway
@@ -30,21 +29,35 @@ type Edge struct {
 	http, grpc *host
 	server     *http.Server
 	calls      *edgegrpc.Edge
+	sockets    *edgews.Edge
 	stop       context.CancelFunc // of connections, which cuts them
 	stopLog    context.CancelFunc
 	logOver    chan error
 	served     chan error
 	gone       bool
+	lives      int
 }
 
 // StartEdge starts another edge and waits until it is ready.
 func (w *World) StartEdge() *Edge {
 	w.t.Helper()
-	e := &Edge{Name: fmt.Sprintf("edge%d", len(w.edges)), w: w, cable: w.newCable(), Metrics: prometheus.NewRegistry(), logOver: make(chan error, 1), served: make(chan error, 2)}
+	e := &Edge{Name: fmt.Sprintf("edge%d", len(w.edges)), w: w}
 	w.edges = append(w.edges, e)
-	logger := w.logger.With("edge", e.Name)
+	e.boot()
+	return e
+}
 
-	lc := broker.Config{Server: broker.Server{InProcess: e.cable, Name: e.Name}, Edge: e.Name, Logger: logger, Metrics: e.Metrics}
+// boot starts the process, at the edge's address.
+func (e *Edge) boot() {
+	w := e.w
+	w.t.Helper()
+	e.lives++
+	e.gone = false
+	e.cable, e.Metrics, e.logOver, e.served = w.newCable(), prometheus.NewRegistry(), make(chan error, 1), make(chan error, 2)
+	name := fmt.Sprintf("%s.%d", e.Name, e.lives)
+	logger := w.logger.With("edge", name)
+
+	lc := broker.Config{Server: broker.Server{InProcess: e.cable, Name: name}, Edge: name, Logger: logger, Metrics: e.Metrics}
 	if w.cfg.Log != nil {
 		w.cfg.Log(&lc)
 	}
@@ -65,7 +78,7 @@ func (w *World) StartEdge() *Edge {
 	if w.cfg.Socket != nil {
 		w.cfg.Socket(&sc)
 	}
-	sockets, err := edgews.New(sc)
+	e.sockets, err = edgews.New(sc)
 	w.must(err)
 	cc := edgegrpc.Config{Gateway: e.Gateway, Log: log, Verify: w.verifier.Verify, Metrics: e.Metrics, Logger: logger}
 	if w.cfg.GRPC != nil {
@@ -77,17 +90,17 @@ func (w *World) StartEdge() *Edge {
 	ctx, stop := context.WithCancel(context.Background())
 	e.stop = stop
 	e.http, e.grpc = w.net.listen(e.Name+".http"), w.net.listen(e.Name+".grpc")
-	e.server = &http.Server{Handler: sockets.Handler(), BaseContext: func(net.Listener) context.Context { return ctx }}
+	e.server = &http.Server{Handler: e.sockets.Handler(), BaseContext: func(net.Listener) context.Context { return ctx }}
+	server, http1, calls, grpc, served := e.server, e.http, e.calls, e.grpc, e.served
 	go func() {
-		err := e.server.Serve(e.http)
+		err := server.Serve(http1)
 		if err == http.ErrServerClosed { //nolint:errorlint // as net/http returns it
 			err = nil
 		}
-		e.served <- err
+		served <- err
 	}()
-	go func() { e.served <- e.calls.Serve(ctx, e.grpc) }()
-	w.Until(e.Name+" is ready", func() bool { return log.Status().Ready })
-	return e
+	go func() { served <- calls.Serve(ctx, grpc) }()
+	e.WaitReady()
 }
 
 // Edge is the i-th edge that was started, from 0.
@@ -119,6 +132,13 @@ func (w *World) KillEdge(e *Edge) {
 	w.stopEdge(e)
 }
 
+// RestartEdge kills an edge and starts another in its place, which clients find at the same address.
+func (w *World) RestartEdge(e *Edge) {
+	w.t.Helper()
+	w.KillEdge(e)
+	e.boot()
+}
+
 // stopEdge ends what is left of an edge.
 func (w *World) stopEdge(e *Edge) {
 	w.t.Helper()
@@ -140,6 +160,7 @@ func (w *World) stopEdge(e *Edge) {
 	if err := e.Gateway.Drain(ctx, "The test is over."); err != nil {
 		w.t.Errorf("%s: %v", e.Name, err)
 	}
+	e.sockets.Close()
 	pulled := e.cable.isPulled()
 	if err := e.Log.Close(ctx); err != nil && !pulled {
 		w.t.Errorf("%s: %v", e.Name, err)
@@ -197,5 +218,4 @@ func (e *Edge) Counted(name string, labels ...string) float64 {
 func (e *Edge) WaitReady() {
 	e.w.t.Helper()
 	e.w.Until(e.Name+" is ready", func() bool { return e.Log.Status().Ready })
-	time.Sleep(time.Millisecond)
 }
