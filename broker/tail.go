@@ -215,8 +215,7 @@ func (t *tail) learn(l *tailLane, head *frame) {
 	case head == nil || head.Deleted:
 		l.begin("", 0)
 	case head.StreamSeq > t.last:
-		// The tail has not come so far: it will bring this frame, and those that it passes on the way.
-		l.begin(head.Epoch, head.First-1)
+		// The tail has not come so far: it will bring this frame, and before it perhaps others of the session, or the end of the history before. Until then nothing is known.
 	default:
 		l.begin(head.Epoch, head.Last())
 	}
