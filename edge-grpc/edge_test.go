@@ -183,6 +183,34 @@ func TestIdleClientIsNative(t *testing.T) {
 	})
 }
 
+// A connection is one server's for good: begun on the web's, it carries everything; begun as native, it refuses what is not.
+func TestMixedConnection(t *testing.T) {
+	inWorld(t, func(w *world) {
+		list := func(k *client) error {
+			return k.call("ListSessions", &schema.ListSessionsRequest{}, new(schema.ListSessionsResponse))
+		}
+		token := w.token(schema.Role_ROLE_AGENT, "*")
+		native, web := dialects[1], dialects[4]
+		k := w.dial(web, token)
+		w.must(list(k))
+		k.d = native
+		w.must(list(k))
+		k.d = dialects[6]
+		w.must(list(k))
+		if n := len(*k.conns); n != 1 {
+			w.Errorf("%d connections, want one", n)
+		}
+		k = w.dial(native, token)
+		w.must(list(k))
+		k.d = web
+		if err := list(k); err == nil || len(*k.conns) != 1 {
+			w.Errorf("gRPC-Web behind native gRPC: %v on %d connections", err, len(*k.conns))
+		}
+		k.d = native
+		w.must(list(k))
+	})
+}
+
 // Connections beyond the bound wait until there is room.
 func TestMaxConnections(t *testing.T) {
 	inWorldWith(t, func(c *Config, _ *gatewayConfig) { c.MaxConnections = 2 }, func(w *world) {
