@@ -2,6 +2,7 @@ package world
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -94,7 +95,7 @@ func (e *Edge) boot() {
 	server, http1, calls, grpc, served := e.server, e.http, e.calls, e.grpc, e.served
 	go func() {
 		err := server.Serve(http1)
-		if err == http.ErrServerClosed { //nolint:errorlint // as net/http returns it
+		if errors.Is(err, http.ErrServerClosed) || errors.Is(err, net.ErrClosed) {
 			err = nil
 		}
 		served <- err
@@ -123,7 +124,6 @@ func (w *World) DrainEdge(e *Edge, reason string) {
 func (w *World) KillEdge(e *Edge) {
 	w.t.Helper()
 	e.cable.pull()
-	_, _ = e.http.Close(), e.grpc.Close()
 	e.http.cut()
 	e.grpc.cut()
 	ended, cancel := context.WithCancel(context.Background())

@@ -2,10 +2,27 @@ package world
 
 import (
 	"os"
+	"strconv"
 	"testing"
 )
 
 func TestMain(m *testing.M) {
 	Prepare()
 	os.Exit(m.Run())
+}
+
+// seeds are those of a random test: few as a rule, many where TIDEMARK_SLOW is set, one where TIDEMARK_SEED names it.
+func seeds(few, many int) []uint64 {
+	if one, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEED"), 10, 64); err == nil {
+		return []uint64{one}
+	}
+	n := few
+	if os.Getenv("TIDEMARK_SLOW") != "" {
+		n = many
+	}
+	all := make([]uint64, n)
+	for i := range all {
+		all[i] = uint64(i)
+	}
+	return all
 }
