@@ -121,7 +121,8 @@ type (
 		Details string `json:"details"`
 		Code    string `json:"code"`
 		// ID is the envelope's that was not stored.
-		ID        string  `json:"id,omitempty"`
+		ID string `json:"id,omitempty"`
+		// Retryable: the same, sent again on this connection or the next, may be taken.
 		Retryable bool    `json:"retryable,omitempty"`
 		Expected  *uint64 `json:"expected,omitempty"`
 		HeadSeq   *uint64 `json:"head_seq,omitempty"`
@@ -145,7 +146,9 @@ func (sessionCodec) frame(w *writer, f *schema.ServerFrame) {
 		appendData(w, "going_away", data)
 	case *schema.ServerFrame_Error:
 		e := m.Error
-		appendData(w, "error", sessionError{Error: title(e.GetCode()), Details: e.GetMessage(), Code: e.GetCode().Word(), HeadSeq: e.HeadSeq})
+		appendData(w, "error", sessionError{
+			Error: title(e.GetCode()), Details: e.GetMessage(), Code: e.GetCode().Word(), Retryable: e.GetCode().Rule().Retryable, HeadSeq: e.HeadSeq,
+		})
 	default:
 		// The session socket has no welcome, pong, detached and caught_up.
 	}
