@@ -98,16 +98,23 @@ func spawn(t *testing.T, args ...string) *proc {
 func serveUntilReady(t *testing.T, args ...string) *proc {
 	t.Helper()
 	p := spawn(t, args...)
+	p.awaitReady()
+	return p
+}
+
+// awaitReady waits for the ready line.
+func (p *proc) awaitReady() {
+	p.t.Helper()
+	args := strings.Join(p.cmd.Args[1:], " ")
 	select {
 	case line, ok := <-p.lines:
 		if _, err := fmt.Sscanf(line, "ready http=%s grpc=%s nats=%s", &p.at.HTTP, &p.at.GRPC, &p.at.NATS); !ok || err != nil {
 			<-p.ended
-			t.Fatalf("tidemark %s printed %q instead of its ready line", strings.Join(args, " "), line)
+			p.t.Fatalf("tidemark %s printed %q instead of its ready line", args, line)
 		}
 	case <-time.After(patience):
-		t.Fatalf("tidemark %s is not ready after %s", strings.Join(args, " "), patience)
+		p.t.Fatalf("tidemark %s is not ready after %s", args, patience)
 	}
-	return p
 }
 
 // dev starts `tidemark dev` on free ports.
