@@ -73,3 +73,31 @@ func truncatePages(ctx context.Context, js jetstream.JetStream, r *reader, ln la
 	}
 	return min(p.first, oldest.First), nil
 }
+
+// ExpireSession takes away all frames and pages of the session, as retention does with one that nobody wrote to for long.
+func ExpireSession(ctx context.Context, s Server, id schema.SessionID) error {
+	conn, err := s.connect(slog.New(slog.DiscardHandler), "expire")
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	js, err := jetstream.New(conn)
+	if err != nil {
+		return err
+	}
+	streams, _, err := discover(ctx, js)
+	if err != nil {
+		return err
+	}
+	ln := laneOf(id)
+	for name, subject := range map[string]string{logStreamName(streamOf(ln.slice, streams)): ln.logSubject(), pageStreamName(streamOf(ln.slice, streams)): ln.pagesSubject()} {
+		stream, err := js.Stream(ctx, name)
+		if err != nil {
+			return err
+		}
+		if err := stream.Purge(ctx, jetstream.WithPurgeSubject(subject)); err != nil {
+			return err
+		}
+	}
+	return nil
+}

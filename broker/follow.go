@@ -58,19 +58,17 @@ func (f *tailFollower) beginAt(ctx context.Context, o FollowOptions) (Attachment
 		return Attachment{}, err
 	}
 	at := Attachment{Epoch: g.epoch, Head: g.head}
-	if g.epoch == "" {
-		return at, fitEmpty(f.id, o)
+	if at.First, err = f.first(ctx, g); err != nil {
+		return at, err
+	}
+	if at.First == 0 {
+		return Attachment{}, fitEmpty(f.id, o)
 	}
 	st, err := f.log.folded(ctx, f.lane, f.tail, f.at)
 	if err != nil {
 		return at, err
 	}
 	at.Status = st.status
-	if len(g.frames) > 0 && g.before == 0 {
-		at.First = 1
-	} else if at.First, err = f.log.reader.first(ctx, f.lane, g.epoch, nil); err != nil {
-		return at, err
-	}
 	if at.After, err = fit(f.id, o, at); err != nil {
 		return at, err
 	}
@@ -79,6 +77,33 @@ func (f *tailFollower) beginAt(ctx context.Context, o FollowOptions) (Attachment
 		at.After = max(at.After, at.First-1)
 	}
 	return at, err
+}
+
+// first is the oldest seq that can be read; 0 where there is none, or none any more.
+func (f *tailFollower) first(ctx context.Context, g glance) (uint64, error) {
+	if g.epoch == "" {
+		return 0, nil
+	}
+	if len(g.frames) > 0 && g.before == 0 {
+		return 1, nil
+	}
+	first, err := f.log.reader.first(ctx, f.lane, g.epoch, nil)
+	if first > 0 || err != nil {
+		return first, err
+	}
+	if len(g.frames) > 0 {
+		return g.before + 1, nil
+	}
+	return 0, f.expire(ctx, g)
+}
+
+// expire ends the session's history in the tail, where that has nothing of it and the log neither: retention took it all.
+func (f *tailFollower) expire(ctx context.Context, g glance) error {
+	head, err := f.log.reader.headFrameFromLeader(ctx, f.lane)
+	if head == nil && err == nil {
+		f.tail.expire(f.at, g)
+	}
+	return err
 }
 
 // reachHead waits until the tail has come to the session's head as the log has it now.
@@ -201,7 +226,11 @@ func (f *tailFollower) read(ctx context.Context, c Cursor, limit int) ([]View, u
 	if len(g.frames) > 0 {
 		oldest = g.frames[0]
 	}
-	return f.log.reader.cold(ctx, f.lane, Cursor{Epoch: g.epoch, Seq: c.Seq}, oldest, limit)
+	views, gap, err := f.log.reader.cold(ctx, f.lane, Cursor{Epoch: g.epoch, Seq: c.Seq}, oldest, limit)
+	if len(views) == 0 && gap == 0 && err == nil && oldest == nil {
+		err = f.expire(ctx, g)
+	}
+	return views, gap, err
 }
 
 // folded is the session's state at the head of its lane, which must be known and not empty. It is kept in the lane, so that the next follower folds only what came since.

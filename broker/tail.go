@@ -221,6 +221,20 @@ func (t *tail) learn(l *tailLane, head *frame) {
 	}
 }
 
+// expire notes that the log has nothing more of the session, if the lane still stands as it did at g, where it held no frame.
+func (t *tail) expire(l *tailLane, g glance) {
+	t.mu.Lock()
+	var wakes []func()
+	if l.known && l.epoch == g.epoch && l.before == g.before && len(l.frames) == 0 {
+		l.begin("", 0)
+		wakes = l.wakes(nil)
+	}
+	t.mu.Unlock()
+	for _, wake := range wakes {
+		wake()
+	}
+}
+
 // glance is what a lane knows of its session at one moment.
 type glance struct {
 	known  bool
