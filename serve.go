@@ -150,7 +150,10 @@ func checkLoopback(flag, addr string) error {
 	if err := checkAddress(flag, addr); err != nil {
 		return err
 	}
-	host, _, _ := net.SplitHostPort(addr) //nolint:errcheck // checked above
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return err
+	}
 	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
 		return usage("dev listens on loopback only, and --%s %s is not there; run the broker and the edges as processes of their own to serve others", flag, addr)
 	}

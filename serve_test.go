@@ -30,7 +30,7 @@ func TestDevFromStartToEnd(t *testing.T) {
 			t.Fatal(err)
 		}
 		body, err := io.ReadAll(res.Body)
-		res.Body.Close()
+		_ = res.Body.Close()
 		if err != nil || res.StatusCode != http.StatusOK || !bytes.Contains(body, []byte(want)) {
 			t.Errorf("%s: %s, %v", path, res.Status, err)
 		}
@@ -219,7 +219,7 @@ func TestStoppingLosesNothing(t *testing.T) {
 	}
 	more()
 	p.stop()
-	p = dev(t, dir, "--grpc", p.at.GRPC)
+	dev(t, dir, "--grpc", p.at.GRPC)
 	more()
 	close(enough)
 	publishing.Wait()
@@ -260,7 +260,6 @@ func TestProcessesOfTheirOwn(t *testing.T) {
 	defer cancel()
 	pub := adminOf(t, dir, "grpc://"+port).Publisher(ctx, client.PublishOptions{Session: "s"})
 	f := adminOf(t, dir, "http://"+overWS.at.HTTP).Follow(client.FollowOptions{Session: "s"})
-	defer f.Close()
 	const n = 600
 	for i := range n {
 		if err := pub.Publish(ctx, &schema.Envelope{Payload: &schema.Envelope_Token{Token: &schema.Token{MessageId: "m", Text: fmt.Sprint(i + 1)}}}); err != nil {
@@ -285,6 +284,8 @@ func TestProcessesOfTheirOwn(t *testing.T) {
 			}
 		}
 	}
+
+	f.Close()
 
 	// A command may do without an edge.
 	r := tidemark(t, map[string]string{"TIDEMARK_DATA_DIR": dir}, "follow", "--once", "--json", "--after-seq", "599", "--nats", "nats://"+broker.at.NATS, "s").must(t)
@@ -319,7 +320,7 @@ func statusOf(at, path string) int {
 	if err != nil {
 		return 0
 	}
-	res.Body.Close()
+	_ = res.Body.Close()
 	return res.StatusCode
 }
 

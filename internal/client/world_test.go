@@ -226,7 +226,7 @@ func (n *network) unplug(host string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, c := range l.open {
-		c.Close()
+		_ = c.Close()
 	}
 }
 

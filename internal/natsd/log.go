@@ -19,7 +19,7 @@ type bridge struct {
 func (b *bridge) put(level slog.Level, format string, args []any) {
 	ctx := context.Background() //nolint:forbidigo // the server's logger carries no context
 	if b.log.Enabled(ctx, level) {
-		b.log.Log(ctx, level, fmt.Sprintf(format, args...), "from", "nats-server")
+		b.log.Log(ctx, level, fmt.Sprintf(format, args...), "from", "nats-server") //nolint:sloglint // the sentences are the server's
 	}
 }
 
