@@ -160,53 +160,48 @@ func (p *process) startCore(s broker.Server, f *edgeFlags, secret []byte, metric
 // startEdges serves both edges, or the one whose listener is not nil, and drains them together when the process ends.
 func (p *process) startEdges(c *core, f *edgeFlags, overHTTP, overGRPC net.Listener) error {
 	cutting, cut := context.WithCancel(context.WithoutCancel(p.ctx))
-	var ends []func(context.Context, string) error
-	if overGRPC != nil {
-		e, err := edgegrpc.New(edgegrpc.Config{
+	var web *edgews.Edge
+	var native *edgegrpc.Edge
+	var err error
+	if overHTTP != nil {
+		web, err = edgews.New(edgews.Config{Gateway: c.gateway, Verify: c.verify, Origins: f.Origins, Metrics: c.metrics, Logger: p.env.log})
+	}
+	if overGRPC != nil && err == nil {
+		native, err = edgegrpc.New(edgegrpc.Config{
 			Gateway: c.gateway, Log: c.log, Verify: c.verify, AllowedOrigins: f.Origins, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: c.metrics,
 		})
-		if err != nil {
-			cut()
-			return err
-		}
-		p.run("gRPC edge", func() error { return e.Serve(cutting, overGRPC) })
-		ends = append(ends, e.Drain)
 	}
-	if overHTTP != nil {
-		e, err := edgews.New(edgews.Config{Gateway: c.gateway, Verify: c.verify, Origins: f.Origins, Metrics: c.metrics, Logger: p.env.log})
-		if err != nil {
-			cut()
-			return err
-		}
-		s := p.serveHTTP(cutting, "WebSocket edge", overHTTP, e.Handler())
-		ends = append(ends, func(ctx context.Context, reason string) error {
-			// What the drain has left is cut.
-			defer e.Close()
-			return drainHTTP(ctx, c.gateway, s, reason)
-		})
+	if err != nil {
+		cut()
+		return err
+	}
+	var server *http.Server
+	if web != nil {
+		server = p.serveHTTP(cutting, "WebSocket edge", overHTTP, web.Handler())
+	}
+	// Draining the gRPC edge drains the gateway, which is both edges'.
+	drain := c.gateway.Drain
+	if native != nil {
+		p.run("gRPC edge", func() error { return native.Serve(cutting, overGRPC) })
+		drain = native.Drain
 	}
 	p.onStop("edges", drainWithin, func(ctx context.Context) error {
 		defer cut()
-		errs := make(chan error, len(ends))
-		for _, end := range ends {
-			go func() { errs <- end(ctx, "The edge is being stopped.") }()
+		shut := make(chan error, 1)
+		if server != nil {
+			// It closes the listener at once and then waits for requests; the sockets are the edge's.
+			go func() { shut <- server.Shutdown(ctx) }()
+		} else {
+			shut <- nil
 		}
-		var failed error
-		for range ends {
-			failed = errors.Join(failed, <-errs)
+		err := errors.Join(drain(ctx, "The edge is being stopped."), <-shut)
+		if web != nil {
+			// What the drain has left is cut.
+			web.Close()
 		}
-		return failed
+		return err
 	})
 	return nil
-}
-
-// drainHTTP stops accepting, drains the sockets, which the server has given away, and lets requests end.
-func drainHTTP(ctx context.Context, g *gateway.Gateway, s *http.Server, reason string) error {
-	// Shutdown closes the listener at once and then waits for requests.
-	shut := make(chan error, 1)
-	go func() { shut <- s.Shutdown(ctx) }()
-	err := g.Drain(ctx, reason)
-	return errors.Join(err, <-shut)
 }
 
 // edgeWSCommand is `tidemark edge-ws`.
