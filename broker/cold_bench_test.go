@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"tidemark/schema"
 )
@@ -102,7 +103,7 @@ func (s *shelf) scatter(b *testing.B, envelopes, foreign int) *scribe {
 		f.First, f.Count, f.Time = f.First+1, 1, time.Now()
 		f.Region = a.AppendRecord(f.Region[:0], f.First)
 		msg := &nats.Msg{Subject: laneOf(schema.SessionID{Tenant: "default", Name: fmt.Sprint("other-", i)}).logSubject(), Data: append(f.appendHeader(nil), f.Region...)}
-		if _, err := s.js.PublishMsgAsync(msg); err != nil {
+		if _, err := s.js.PublishMsgAsync(msg, jetstream.WithStallWait(time.Minute)); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"google.golang.org/protobuf/proto"
 
 	"tidemark/schema"
@@ -77,7 +78,7 @@ func TestI8_ListingIsBounded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := s.js.PublishAsync(registrySubject(laneOf(schema.SessionID{Tenant: "other", Name: fmt.Sprint(i)})), data); err != nil {
+		if _, err := s.js.PublishAsync(registrySubject(laneOf(schema.SessionID{Tenant: "other", Name: fmt.Sprint(i)})), data, jetstream.WithStallWait(time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 	}
