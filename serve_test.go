@@ -339,6 +339,21 @@ func waitFor(t *testing.T, what string, done func() bool) {
 	}
 }
 
+func TestDurabilityThatDoesNotFit(t *testing.T) {
+	dir := t.TempDir()
+	dev(t, dir, "--durability", "os").stop()
+	for _, class := range []string{"fsync", "os"} {
+		dev(t, dir, "--durability", class).stop()
+	}
+	p := spawn(t, "dev", "--data-dir", dir, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--nats-listen", "off", "--durability", "memory")
+	if code := p.wait(); code != exitFailed || !strings.Contains(p.err.String(), "the durability memory is not possible here") {
+		t.Errorf("exit code %d:\n%s", code, p.err)
+	}
+	if line, more := <-p.lines; more {
+		t.Errorf("it printed %q", line)
+	}
+}
+
 func TestReadyLineWithoutNATSListener(t *testing.T) {
 	p := dev(t, t.TempDir(), "--nats-listen", "off", "--durability", "memory")
 	if p.at.NATS != off {

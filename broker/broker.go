@@ -88,7 +88,7 @@ func (b *Broker) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for i := range b.cfg.Layout.Streams {
 		p := &projector{
-			stream: logStreamName(i), nc: nc, js: js, r: r, budget: b.cfg.Memory / b.cfg.Layout.Streams, logger: b.cfg.Logger, metrics: b.metrics,
+			stream: logStreamName(i), nc: nc, js: js, r: r, budget: b.cfg.Memory / b.cfg.Layout.Streams, maxAge: b.cfg.Layout.MaxAge, logger: b.cfg.Logger, metrics: b.metrics,
 			lease: newLease(kv, logStreamName(i), b.cfg.Name, b.cfg.Logger),
 		}
 		wg.Go(func() { p.run(ctx) })
@@ -147,12 +147,11 @@ func passing(err error) bool {
 func (b *Broker) layOut(ctx context.Context, js jetstream.JetStream) (jetstream.KeyValue, error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	storage := jetstream.FileStorage
-	if b.cfg.Layout.Durability == schema.Durability_DURABILITY_MEMORY {
-		storage = jetstream.MemoryStorage
+	if err := b.cfg.Layout.fits(ctx, js); err != nil {
+		return nil, err
 	}
 	kv, err := js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
-		Bucket: projectionBucket, History: 1, Replicas: b.cfg.Layout.Replicas, Storage: storage, Description: "Tidemark's projectors: leases and checkpoints",
+		Bucket: projectionBucket, History: 1, Replicas: b.cfg.Layout.Replicas, Storage: b.cfg.Layout.storage(), Description: "Tidemark's projectors: leases and checkpoints",
 	})
 	if err != nil {
 		return nil, err

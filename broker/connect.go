@@ -123,22 +123,43 @@ func (l *Layout) setDefaults() error {
 	return nil
 }
 
+// storage is where the class keeps what it stores.
+func (l *Layout) storage() jetstream.StorageType {
+	if l.Durability == schema.Durability_DURABILITY_MEMORY {
+		return jetstream.MemoryStorage
+	}
+	return jetstream.FileStorage
+}
+
+// fits is nil where there is no deployment yet, or one that can become what the layout says.
+func (l *Layout) fits(ctx context.Context, js jetstream.JetStream) error {
+	s, err := js.Stream(ctx, logStreamName(0))
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	have := s.CachedInfo().Config
+	if have.Storage != l.storage() {
+		return fmt.Errorf("broker: the durability %s is not possible here: the deployment was made for another, and what is kept in memory cannot move to files, nor back; take one that fits, or another data directory",
+			schema.DurabilityWord(l.Durability))
+	}
+	if n := have.Metadata[metaStreams]; n != fmt.Sprint(l.Streams) {
+		return fmt.Errorf("broker: the deployment has %s log streams, the configuration says %d; the number cannot be changed once sessions are stored", n, l.Streams)
+	}
+	return nil
+}
+
 // provision creates the streams and buckets that are missing and brings the settings of the others up to date.
 func provision(ctx context.Context, js jetstream.JetStream, l Layout) error {
 	if err := l.setDefaults(); err != nil {
 		return err
 	}
-	if info, err := js.Stream(ctx, logStreamName(0)); err == nil {
-		if have := info.CachedInfo().Config.Metadata[metaStreams]; have != fmt.Sprint(l.Streams) {
-			return fmt.Errorf("broker: the deployment has %s log streams, the configuration says %d; the number cannot be changed once sessions are stored", have, l.Streams)
-		}
-	} else if !errors.Is(err, jetstream.ErrStreamNotFound) {
+	if err := l.fits(ctx, js); err != nil {
 		return err
 	}
-	storage := jetstream.FileStorage
-	if l.Durability == schema.Durability_DURABILITY_MEMORY {
-		storage = jetstream.MemoryStorage
-	}
+	storage := l.storage()
 	meta := map[string]string{metaStreams: fmt.Sprint(l.Streams), metaDurability: schema.DurabilityWord(l.Durability), metaVersion: diskVersion}
 	_, err := js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
 		Bucket: registryBucket, History: 1, Replicas: l.Replicas, Storage: storage, Description: "Tidemark's registry of sessions",
