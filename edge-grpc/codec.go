@@ -38,10 +38,14 @@ func newNativeCodec() nativeCodec {
 	return nativeCodec{encoding.GetCodecV2(grpcproto.Name)}
 }
 
+// sendBuffers hold the messages that wait for a peer to read them. grpc-go's own pool steps from 32 KiB to 1 MiB, and the gateway's messages are at most about 64 KiB, or 128 KiB while a follower catches
+// up: a peer that does not read would hold megabytes (I8), and each message would cost the clearing of one.
+var sendBuffers = mem.NewTieredBufferPool(1<<10, 4<<10, 16<<10, 72<<10, 144<<10, 1<<20) //nolint:gochecknoglobals // a pool has no state of its own
+
 // Marshal copies the bytes: grpc-go writes them after SendMsg has returned, when the gateway uses its buffer again.
 func (c nativeCodec) Marshal(v any) (mem.BufferSlice, error) {
 	if m, ok := v.(*message); ok {
-		return mem.BufferSlice{mem.Copy(m.bytes, mem.DefaultBufferPool())}, nil
+		return mem.BufferSlice{mem.Copy(m.bytes, sendBuffers)}, nil
 	}
 	return c.CodecV2.Marshal(v)
 }
