@@ -88,7 +88,7 @@ func (b *Broker) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for i := range b.cfg.Layout.Streams {
 		p := &projector{
-			stream: logStreamName(i), nc: nc, js: js, r: r, budget: b.cfg.Memory / b.cfg.Layout.Streams, logger: b.cfg.Logger, metrics: b.metrics,
+			stream: logStreamName(i), nc: nc, js: js, r: r, budget: b.cfg.Memory / b.cfg.Layout.Streams, maxAge: b.cfg.Layout.MaxAge, logger: b.cfg.Logger, metrics: b.metrics,
 			lease: newLease(kv, logStreamName(i), b.cfg.Name, b.cfg.Logger),
 		}
 		wg.Go(func() { p.run(ctx) })

@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"strconv"
@@ -117,7 +116,7 @@ func (s *shelf) scatter(b *testing.B, envelopes, foreign int) *scribe {
 func (w *scribe) readPages(b *testing.B) int {
 	var c Cursor
 	for {
-		views, _, err := w.r.cold(context.Background(), w.ln, c, nil, 1<<20)
+		views, _, err := w.r.cold(b.Context(), w.ln, c, nil, 1<<20)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -16,7 +16,7 @@ func TestI4_ColdReplayIsTheLogWhateverIsProjected(t *testing.T) {
 	for seed := range uint64(6) {
 		synctest.Test(t, func(t *testing.T) {
 			s := newShelf(t, 1, seed)
-			ctx := context.Background()
+			ctx := t.Context()
 			sessions := []*scribe{s.scribe("default", "a"), s.scribe("default", "b"), s.scribe("other", "a")}
 			p, at := s.projection(1<<20), uint64(1)
 			for range 30 {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"sort"
-	"time"
 
 	"github.com/klauspost/compress/s2"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -326,6 +325,3 @@ func (r *reader) firstPage(ctx context.Context, ln lane, epoch string, from, to 
 
 // markOf is the frame's place, as a page keeps it.
 func markOf(f *frame) frameMark { return frameMark{f.StreamSeq, f.First, f.Time.UnixMicro()} }
-
-// micros is a time as pages keep it.
-func micros(t time.Time) int64 { return t.UnixMicro() }

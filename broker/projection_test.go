@@ -35,7 +35,7 @@ func TestProjectionGoesOnFromItsCheckpoint(t *testing.T) {
 	for seed := range uint64(8) {
 		synctest.Test(t, func(t *testing.T) {
 			s := newShelf(t, 1, 100+seed)
-			ctx := context.Background()
+			ctx := t.Context()
 			var open []*scribe
 			checkpoint, deaths := uint64(0), 0
 			var p *projection

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -19,6 +20,7 @@ type projector struct {
 	r       *reader
 	lease   *lease
 	budget  int
+	maxAge  time.Duration // of what the log keeps
 	logger  *slog.Logger
 	metrics *projectionMetrics
 }
@@ -77,6 +79,11 @@ func (p *projector) hold(ctx context.Context) error {
 	}
 	defer it.Stop()
 	defer context.AfterFunc(ctx, it.Stop)()
+	sweeping, stop := context.WithCancel(ctx)
+	var sweeper sync.WaitGroup
+	sweeper.Go(func() { p.sweepRegistry(sweeping) })
+	defer sweeper.Wait()
+	defer stop()
 	proj := newProjection(p.nc, p.r, p.lease, p.budget, p.metrics, p.logger)
 	read, err = p.project(ctx, it, proj, read)
 	if ctx.Err() == nil {

@@ -2,7 +2,7 @@ package broker
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"log/slog"
 	"time"
 
@@ -137,12 +137,23 @@ func (b *rebuild) stream(ctx context.Context, name string) error {
 		return unreadable(err)
 	}
 	defer it.Stop()
+	defer context.AfterFunc(ctx, it.Stop)()
 	p := b.projection()
 	defer b.count(p)
 	for pending := uint64(1); pending > 0; {
-		msg, err := it.Next(jetstream.NextContext(ctx))
+		msg, err := it.Next(jetstream.NextMaxWait(getTimeout))
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if errors.Is(err, nats.ErrTimeout) {
+			// What was still to come may have been deleted; otherwise NATS is away, and comes back.
+			if info, err := cons.Info(ctx); err == nil {
+				pending = info.NumPending
+			}
+			continue
+		}
 		if err != nil {
-			return fmt.Errorf("broker: rebuilding %s: %w", name, err)
+			return unreadable(err)
 		}
 		meta, err := msg.Metadata()
 		if err != nil {

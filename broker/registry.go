@@ -183,7 +183,7 @@ const listingSecretBytes = 32
 
 func newListingSecret() []byte {
 	secret := make([]byte, listingSecretBytes)
-	rand.Read(secret) //nolint:errcheck // never fails (crypto/rand)
+	rand.Read(secret) // never fails
 	return secret
 }
 

@@ -178,3 +178,50 @@ func TestRegistryIsWrittenOnTransitions(t *testing.T) {
 		r.end(t)
 	})
 }
+
+// Sessions that retention took leave the registry; those that are old and still there, and those of other streams, stay.
+func TestRegistryIsSwept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShelf(t, 2, 79)
+		r := s.run(nil, "one")
+		var all []*scribe
+		for i := range 12 {
+			w := s.scribe("default", fmt.Sprint("s", i))
+			w.some(3)
+			all = append(all, w)
+		}
+		time.Sleep(5 * time.Second)
+		r.end(t)
+		old := time.Now()
+		time.Sleep(time.Hour)
+		mine, gone := 0, 0
+		for i, w := range all {
+			if s.r.logOf(w.ln) == "LOG_00" {
+				mine++
+			}
+			if i%3 == 0 {
+				continue
+			}
+			if s.r.logOf(w.ln) == "LOG_00" {
+				gone++
+			}
+			log, err := s.js.Stream(t.Context(), s.r.logOf(w.ln))
+			if err == nil {
+				err = log.Purge(t.Context(), jetstream.WithPurgeSubject(w.ln.logSubject()))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		p := &projector{stream: "LOG_00", nc: s.nc, js: s.js, r: s.r, logger: testLogger(t)}
+		if n, err := p.sweepBefore(t.Context(), old.Add(-time.Hour)); n != 0 || err != nil {
+			t.Errorf("%d young sessions were removed, %v", n, err)
+		}
+		if n, err := p.sweepBefore(t.Context(), old); n != gone || err != nil || gone == 0 || gone == mine {
+			t.Errorf("%d sessions were removed, %v; want %d", n, err, gone)
+		}
+		if names, _ := s.list("default", Query{Limit: 100}); len(names) != len(all)-gone {
+			t.Errorf("%d sessions are left, want %d", len(names), len(all)-gone)
+		}
+	})
+}

@@ -39,7 +39,7 @@ func newShelf(t testing.TB, streams int, seed uint64) *shelf {
 	s.layout = Layout{Streams: streams, MaxAge: forEver, Durability: schema.Durability_DURABILITY_OS}
 	s.start("")
 	t.Cleanup(s.stop)
-	if _, err := mustBroker(t, s.server(), s.layout, "layout").prepare(context.Background(), s.nc, s.js); err != nil {
+	if _, err := mustBroker(t, s.server(), s.layout, "layout").prepare(t.Context(), s.nc, s.js); err != nil {
 		t.Fatal(err)
 	}
 	return s

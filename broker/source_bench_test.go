@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"context"
 	"fmt"
 	"syscall"
 	"testing"
@@ -16,7 +15,7 @@ func BenchmarkProjectorSource(b *testing.B) {
 	const frames, ackEvery, unacked = 200_000, 20_000, 100_000
 	s := newShelf(b, 1, 1)
 	s.scatter(b, 1, frames)
-	ctx := context.Background()
+	ctx := b.Context()
 	read := func(b *testing.B, cons jetstream.Consumer, opts []jetstream.PullMessagesOpt, each func(n int, m jetstream.Msg)) {
 		b.Helper()
 		it, err := cons.Messages(opts...)
