@@ -2,11 +2,13 @@ package world
 
 import (
 	"os"
+	"runtime"
 	"strconv"
 	"testing"
 )
 
 func TestMain(m *testing.M) {
+	runtime.MemProfileRate = 64 << 10 // see held
 	Prepare()
 	os.Exit(m.Run())
 }
