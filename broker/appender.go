@@ -43,6 +43,8 @@ type appender struct {
 	st *state
 	// stale: the log must be asked whether somebody else's frame is on top of what st knows. confirmed: it was, for the batch in hand.
 	stale, confirmed bool
+	// buried is the id of the last tombstone that was read.
+	buried string
 	// rival is the edge that last wrote to the session beside us, and rivalAt is when we saw it.
 	rival   string
 	rivalAt time.Time
@@ -51,14 +53,17 @@ type appender struct {
 	buf  []byte
 }
 
-// submit queues a submission, waiting for room. False: the appender is gone, and the submission with another one.
-func (a *appender) submit(ctx context.Context, s *Submission) bool {
+// errGoneAppender: the log has forgotten the appender; look for the session's anew.
+var errGoneAppender = errors.New("broker: the appender is gone")
+
+// submit queues a submission, waiting for room. The error says why it is not queued: errGoneAppender, or a refusal.
+func (a *appender) submit(ctx context.Context, s *Submission) error {
 	var timer *time.Timer
 	for {
 		a.mu.Lock()
 		if a.gone {
 			a.mu.Unlock()
-			return false
+			return errGoneAppender
 		}
 		if a.count == 0 || a.count+len(s.Envelopes) <= maxQueueEnvelopes && a.size+s.size <= maxQueueBytes {
 			a.queue = append(a.queue, s)
@@ -69,7 +74,7 @@ func (a *appender) submit(ctx context.Context, s *Submission) bool {
 				a.log.appending.Go(a.run)
 			}
 			a.mu.Unlock()
-			return true
+			return nil
 		}
 		if a.room == nil {
 			a.room = make(chan struct{})
@@ -83,11 +88,9 @@ func (a *appender) submit(ctx context.Context, s *Submission) bool {
 		select {
 		case <-room:
 		case <-timer.C:
-			s.finish(Receipt{}, a.log.unavailable(a.id, errors.New("the session's queue is full")))
-			return true
+			return a.log.unavailable(a.id, errors.New("the session's queue is full"))
 		case <-ctx.Done():
-			s.finish(Receipt{}, schema.Refuse(schema.Code_CODE_UNAVAILABLE, "The publish to session %s was given up while it waited for room.", a.id))
-			return true
+			return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "The publish to session %s was given up while it waited for room.", a.id)
 		}
 	}
 }
@@ -246,6 +249,7 @@ func (a *appender) bury(s *Submission) {
 	defer cancel()
 	var retry backoff
 	a.confirmed = false
+	var sent *frame // the tombstone that lost its race, or its acknowledgement
 	for {
 		none := []*Submission{}
 		if err := a.know(ctx, &none); err != nil {
@@ -259,6 +263,11 @@ func (a *appender) bury(s *Submission) {
 			a.behind()
 			continue
 		}
+		if sent != nil && (a.buried == sent.ID || a.st.head > 0 && a.st.epoch != sent.Epoch) {
+			// It was stored, or the next history has begun already.
+			s.finish(Receipt{Epoch: sent.Epoch}, nil)
+			return
+		}
 		if a.st.head == 0 {
 			s.finish(Receipt{}, notFound(a.id))
 			return
@@ -267,6 +276,7 @@ func (a *appender) bury(s *Submission) {
 		f.Epoch, f.First, f.Time = a.st.epoch, a.st.head+1, time.Now()
 		seq, err := a.log.store(ctx, a, f.appendHeader(nil), true)
 		if errors.Is(err, errLostRace) {
+			sent = f
 			a.behind()
 			continue
 		}

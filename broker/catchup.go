@@ -76,6 +76,9 @@ func (a *appender) catchUp(ctx context.Context, head *frame, batch *[]*Submissio
 		if size += len(f.Region); size <= maxCatchUpBytes {
 			walked = append(walked, f)
 		}
+		if f.Deleted {
+			a.buried = f.ID
+		}
 		if f.Deleted || f.Prev == 0 {
 			a.st = newState()
 			break

@@ -167,7 +167,7 @@ func (f *tailFollower) glance(ctx context.Context) (glance, error) {
 		if g := f.tail.glance(f.at); g.known {
 			return g, nil
 		}
-		head, err := f.log.reader.headFrame(ctx, f.lane)
+		head, err := f.log.head(ctx, f.lane)
 		if err != nil {
 			return glance{}, err
 		}
@@ -192,6 +192,14 @@ func (l *JetStreamLog) tailReaches(ctx context.Context, t *tail, seq uint64) err
 		}
 	}
 	return nil
+}
+
+// head is the session's last frame as a follower may rely on it: what the tail is told here it believes, so a replica that may lag is not asked.
+func (l *JetStreamLog) head(ctx context.Context, ln lane) (*frame, error) {
+	if l.layout.Load().durability == schema.Durability_DURABILITY_REPLICATED {
+		return l.reader.headFrameFromLeader(ctx, ln)
+	}
+	return l.reader.headFrame(ctx, ln)
 }
 
 // since is the seq behind which the first frame stored at or after t begins; the head where there is none.

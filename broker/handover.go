@@ -173,20 +173,29 @@ func (l *JetStreamLog) takeHandOver(msg *nats.Msg) {
 	l.appending.Go(func() {
 		defer func() { <-l.handOvers }()
 		results := make([]*schema.HandOverResult, len(batch))
-		var wg sync.WaitGroup
-		wg.Add(len(batch))
+		var open sync.WaitGroup
+		var refused error
 		for i, s := range batch {
+			open.Add(1)
 			s.Done = func(r Receipt, err error) {
-				defer wg.Done()
+				defer open.Done()
 				results[i] = &schema.HandOverResult{Epoch: r.Epoch, FirstSeq: r.First, LastSeq: r.Last, Duplicate: r.Duplicate}
 				if err != nil {
 					f := schema.AsRefusal(err)
 					results[i] = &schema.HandOverResult{Code: f.Code, Detail: f.Message, HeadSeq: f.Head, Expected: f.Expected}
 				}
 			}
-			l.Publish(l.storing, id, s)
+			if refused = l.submit(l.storing, id, s); refused != nil {
+				// There is no room for it, and what comes behind it must not get in front.
+				open.Done()
+				break
+			}
 		}
-		wg.Wait()
+		open.Wait()
+		if refused != nil {
+			l.reply(msg, &schema.HandOverReply{Refused: schema.AsRefusal(refused).Message})
+			return
+		}
 		for _, r := range results {
 			// Not stored here for a reason that is ours alone: the loser goes on by itself.
 			if r.GetCode() == schema.Code_CODE_UNAVAILABLE {

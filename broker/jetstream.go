@@ -244,20 +244,31 @@ func (l *JetStreamLog) frameAt(ctx context.Context, ln lane, streamSeq uint64) (
 
 // Publish implements [Log].
 func (l *JetStreamLog) Publish(ctx context.Context, id schema.SessionID, s *Submission) {
+	if err := l.submit(ctx, id, s); err != nil {
+		s.Done(Receipt{}, err)
+	}
+}
+
+// submit is Publish, but for what is refused before it is queued: that is returned.
+func (l *JetStreamLog) submit(ctx context.Context, id schema.SessionID, s *Submission) error {
 	s.deadline = time.Now().Add(l.cfg.HoldFor)
 	if err := l.admit(ctx, id, s); err != nil {
-		s.finish(Receipt{}, err)
-		return
+		return err
 	}
 	for {
 		a := l.appender(id)
 		if a == nil {
-			s.finish(Receipt{}, schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge is stopping; publish to session %s through another.", id))
-			return
+			s.release(s.size)
+			return schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge is stopping; publish to session %s through another.", id)
 		}
-		if a.submit(ctx, s) {
-			return
+		err := a.submit(ctx, s)
+		if errors.Is(err, errGoneAppender) {
+			continue
 		}
+		if err != nil {
+			s.release(s.size)
+		}
+		return err
 	}
 }
 
@@ -307,6 +318,9 @@ func (l *JetStreamLog) appender(id schema.SessionID) *appender {
 		return nil
 	}
 	if a == nil {
+		if len(l.appenders) >= maxAppenders {
+			l.makeRoom()
+		}
 		ln := laneOf(id)
 		a = &appender{log: l, id: id, lane: ln, subject: ln.logSubject()}
 		l.appenders[id] = a
@@ -316,10 +330,26 @@ func (l *JetStreamLog) appender(id schema.SessionID) *appender {
 
 // Bounds of what idle appenders remember of their sessions; a session that is forgotten is taken over anew when it is written to.
 const (
-	keepIdle     = 5 * time.Minute
-	maxAppenders = 4096
-	sweepEvery   = 10 * time.Second
+	keepIdle   = 5 * time.Minute
+	sweepEvery = 10 * time.Second
+	// maxAppenders bounds those that are idle, at some 75 KiB each for a session of more than a thousand envelopes. Those at work are bounded by what is queued.
+	maxAppenders = 2048
 )
+
+// makeRoom forgets a few appenders that are idle, whichever come first. Called with mu held.
+func (l *JetStreamLog) makeRoom() {
+	const few = 16
+	looked, gone := 0, 0
+	for id, a := range l.appenders {
+		if a.leave(time.Now()) {
+			delete(l.appenders, id)
+			gone++
+		}
+		if looked++; gone == few || looked == 16*few {
+			return
+		}
+	}
+}
 
 // sweep forgets the appenders that have been idle for long, and more of them where there are many.
 func (l *JetStreamLog) sweep(ctx context.Context) {
@@ -331,12 +361,8 @@ func (l *JetStreamLog) sweep(ctx context.Context) {
 			return
 		case now := <-tick.C:
 			l.mu.Lock()
-			keep := keepIdle
-			if len(l.appenders) > maxAppenders {
-				keep = sweepEvery
-			}
 			for id, a := range l.appenders {
-				if a.leave(now.Add(-keep)) {
+				if a.leave(now.Add(-keepIdle)) {
 					delete(l.appenders, id)
 				}
 			}
