@@ -67,9 +67,15 @@ type usageError struct{ error }
 func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	// The first signal asks for an orderly end; from then on signals do what they do by themselves, so that the second ends the process at once.
-	context.AfterFunc(ctx, stop)
+	ctx, end := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		// The first signal asks for an orderly end. Who sends a second does not want to wait for it.
+		end(fmt.Errorf("%s signal received", <-signals))
+		fmt.Fprintf(os.Stderr, "tidemark: %s signal received again; ending at once\n", <-signals)
+		os.Exit(exitFailed)
+	}()
 	os.Exit(run(ctx, &environment{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, lookup: os.LookupEnv, program: programName()}, os.Args[1:]))
 }
 
