@@ -136,6 +136,9 @@ func (r *run) round(ctx context.Context, n int) (err error) {
 		if err := s.is(ctx, class); err != nil {
 			return err
 		}
+		if _, err := s.settle(ctx); err != nil {
+			return err
+		}
 	}
 	loads := make([]Load, 0, len(r.cfg.Sessions)+1)
 	for _, sessions := range r.cfg.Sessions {
@@ -162,7 +165,7 @@ func (r *run) round(ctx context.Context, n int) (err error) {
 // put puts a load on a system, or on raw JetStream beside it, and waits until the system has done all that it made it do.
 func (r *run) put(ctx context.Context, n int, l Load, class schema.Durability, raw bool, s *System) error {
 	name := SessionPrefix + strings.ToLower(ulid.Make().String())
-	serverFrom, err := s.settle(ctx)
+	serverFrom, err := s.cpu(ctx)
 	if err != nil {
 		return err
 	}

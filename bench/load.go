@@ -1,10 +1,10 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/url"
 	"sync"
 	"sync/atomic"
@@ -179,73 +179,90 @@ func (m *meter) pace(ctx context.Context, rate int, send func(from, to uint64, l
 	return send(sent+1, sent+1, true)
 }
 
-// drainTime is how long a load may take to come to its end.
-const drainTime = 30 * time.Second
+// connectTime is how long the clients may take to connect, and drainTime the load to come to its end.
+const (
+	connectTime = time.Minute
+	drainTime   = 30 * time.Second
+)
 
 var errStuck = errors.New("bench: the load did not come to its end in time")
 
 // run puts the load on an edge and says what became of it. Sessions are named after name, and must be new.
 func (l Load) run(ctx context.Context, edge *url.URL, token, name string) (*Outcome, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, l.Warmup+l.Measure+drainTime, errStuck)
+	connecting, cancel := context.WithTimeoutCause(ctx, connectTime, errStuck)
 	defer cancel()
+	// Everybody is there before the first token is sent.
 	m := newMeter()
-	group, ctx := errgroup.WithContext(ctx)
+	var pairs []*pair
+	defer func() {
+		for _, p := range pairs {
+			p.close()
+		}
+	}()
 	for i := range l.Sessions {
-		session := fmt.Sprintf("%s-%04d", name, i)
-		t, err := newTemplate(session, l.TokenBytes)
+		p, err := l.connect(connecting, edge, token, fmt.Sprintf("%s-%04d", name, i), m)
 		if err != nil {
-			cancel()
-			return nil, errors.Join(err, group.Wait())
+			return nil, err
 		}
-		pub, err := dial(ctx, edge, token)
-		if err != nil {
-			cancel()
-			return nil, errors.Join(err, ignoreClosed(group.Wait()))
-		}
-		defer context.AfterFunc(ctx, pub.close)()
-		defer pub.close()
-		sub, err := dial(ctx, edge, token)
-		if err == nil {
-			defer context.AfterFunc(ctx, sub.close)()
-			defer sub.close()
-			err = attach(sub, session)
-		}
-		if err != nil {
-			cancel()
-			return nil, errors.Join(err, ignoreClosed(group.Wait()))
-		}
-		group.Go(func() error { return follow(sub, m) })
+		pairs = append(pairs, p)
+	}
+	ctx, cancelLoad := context.WithTimeoutCause(ctx, l.Warmup+l.Measure+drainTime, errStuck)
+	defer cancelLoad()
+	group, ctx := errgroup.WithContext(ctx)
+	for i, p := range pairs {
+		defer context.AfterFunc(ctx, p.close)()
+		group.Go(func() error { return p.follow(m) })
 		group.Go(func() error {
-			p := &publisher{s: pub, t: t, m: m}
-			if l.Rate > 0 {
-				// So that sessions do not beat in time.
-				if err := pause(ctx, time.Second/time.Duration(l.Rate)*time.Duration(i)/time.Duration(l.Sessions)); err != nil {
-					return err
-				}
-				return p.pace(ctx, l.Rate)
+			if l.Rate == 0 {
+				return p.flood(uint64(l.Window))
 			}
-			return p.flood(uint64(l.Window))
+			// So that sessions do not beat in time.
+			if err := pause(ctx, time.Second/time.Duration(l.Rate)*time.Duration(i)/time.Duration(l.Sessions)); err != nil {
+				return err
+			}
+			return p.pace(ctx, l.Rate)
 		})
 	}
 	elapsed, err := m.phases(ctx, l)
-	if werr := group.Wait(); err == nil {
-		err = werr
-	}
+	err = errors.Join(err, group.Wait())
 	if err != nil {
-		if cause := context.Cause(ctx); cause != nil && errors.Is(err, net.ErrClosed) {
-			err = cause
-		}
-		return nil, err
+		// The first that went wrong closed the others' connections.
+		return nil, cmp.Or(context.Cause(ctx), err)
 	}
 	return m.outcome(elapsed), nil
 }
 
-// ignoreClosed leaves out what only says that the run was given up.
-func ignoreClosed(err error) error {
-	if errors.Is(err, net.ErrClosed) || errors.Is(err, context.Canceled) {
-		return nil
+// pair is a session's publisher and its follower's connection.
+type pair struct {
+	publisher
+	follower *socket
+}
+
+// connect connects both and attaches the follower.
+func (l Load) connect(ctx context.Context, edge *url.URL, token, session string, m *meter) (*pair, error) {
+	t, err := newTemplate(session, l.TokenBytes)
+	if err != nil {
+		return nil, err
 	}
-	return err
+	p := &pair{publisher: publisher{t: t, m: m}}
+	if p.s, err = dial(ctx, edge, token); err != nil {
+		return nil, err
+	}
+	if p.follower, err = dial(ctx, edge, token); err != nil {
+		p.s.close()
+		return nil, err
+	}
+	defer context.AfterFunc(ctx, p.close)()
+	if err := attach(p.follower, session); err != nil {
+		p.close()
+		return nil, cmp.Or(context.Cause(ctx), err)
+	}
+	return p, nil
+}
+
+func (p *pair) close() {
+	p.s.close()
+	p.follower.close()
 }
 
 // attach follows the session from its beginning on, and waits until the edge does.
@@ -305,11 +322,11 @@ func look(msg []byte) error {
 }
 
 // follow receives until the last token.
-func follow(s *socket, m *meter) error {
+func (p *pair) follow(m *meter) error {
 	var c checker
 	var sent []uint64
 	for last := false; !last; {
-		msg, err := s.next()
+		msg, err := p.follower.next()
 		if err != nil {
 			return err
 		}

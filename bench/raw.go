@@ -15,8 +15,10 @@ import (
 )
 
 const (
-	// rawPending is how many messages the baseline has under way, published and not acknowledged: the library's default, beyond which more does not help.
-	rawPending = 4000
+	// rawPending is how many messages the baseline has under way, published and not acknowledged: the library's default, beyond which more does not help. Where each message is synced, a few keep the disk
+	// busy, and more would only wait.
+	rawPending       = 4000
+	rawPendingSynced = 64
 	// rawAhead bounds how far the baseline's publisher may be ahead of its consumer, in messages. It is a rate from end to end that is compared, and a publisher that floods takes the processor from
 	// the consumer.
 	rawAhead = 4 * rawPending
@@ -77,7 +79,11 @@ func (l Load) runRaw(ctx context.Context, server, name string, class schema.Dura
 		return nil, fmt.Errorf("bench: NATS cannot be reached for the baseline: %w", err)
 	}
 	defer nc.Close()
-	p.js, err = jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(rawPending), jetstream.WithPublishAsyncErrHandler(p.refused))
+	pending := rawPending
+	if class == schema.Durability_DURABILITY_FSYNC {
+		pending = rawPendingSynced
+	}
+	p.js, err = jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(pending), jetstream.WithPublishAsyncErrHandler(p.refused))
 	if err != nil {
 		return nil, err
 	}

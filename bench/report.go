@@ -11,7 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
+	"unicode/utf8"
 
 	"tidemark/schema"
 )
@@ -135,6 +135,10 @@ func (rep *Report) row(r *run, row Row, measured, baseline key, figure func(resu
 			return
 		}
 		a, b := figure(o), figure(r.results[baseline][i])
+		if b <= 0 {
+			// Nothing came: there is nothing to compare with.
+			return
+		}
 		row.Rounds, row.BaselineRounds, ratios = append(row.Rounds, a), append(row.BaselineRounds, b), append(ratios, a/b)
 	}
 	if len(ratios) == 0 {
@@ -152,7 +156,7 @@ func (rep *Report) row(r *run, row Row, measured, baseline key, figure func(resu
 
 func (rep *Report) loads(r *run) {
 	keys := slices.Collect(maps.Keys(r.results))
-	
+
 	slices.SortFunc(keys, func(a, b key) int {
 		return cmp.Or(cmp.Compare(a.rate, b.rate), cmp.Compare(a.sessions, b.sessions), cmp.Compare(a.class, b.class), strings.Compare(b.String(), a.String()))
 	})
@@ -204,8 +208,7 @@ func (rep *Report) WriteText(w io.Writer) error {
 	fmt.Fprintf(w, "\n%d rounds of %v s after %v s of warm-up, medians; one token in a WebSocket frame, its envelope %d bytes, at full speed %d of a session under way;\n", p.Rounds, p.Seconds, p.WarmupSeconds, p.TokenBytes, p.Window)
 	fmt.Fprintf(w, "raw: JetStream on the same server with the same store settings, one message of %d bytes for a token, PublishAsync to one ordered consumer.\n\n", p.RawBytes)
 
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprint(table, "end to end\tmeasured\tbaseline\t\tratio\ttarget\t\t\n")
+	rows := [][]string{{"end to end", "measured", "baseline", "", "ratio", "target", ""}}
 	for _, r := range rep.Rows {
 		target := ""
 		if r.Target > 0 {
@@ -215,22 +218,44 @@ func (rep *Report) WriteText(w io.Writer) error {
 			}
 			target += strconv.FormatFloat(r.Target, 'g', -1, 64)
 		}
-		fmt.Fprintf(table, "%s\t%s %s\t%s\t%s\t%.2f\t%s\t%s\t\n", r.What, figure(r.Measured, r.Unit), r.Unit, figure(r.Baseline, r.Unit), r.BaselineOf, r.Ratio, target, r.Verdict)
+		rows = append(rows, []string{r.What, figure(r.Measured, r.Unit) + " " + r.Unit, figure(r.Baseline, r.Unit), r.BaselineOf, strconv.FormatFloat(r.Ratio, 'f', 2, 64), target, r.Verdict})
 	}
-	fmt.Fprint(table, "\t\t\t\t\t\t\t\n")
-	fmt.Fprint(table, "load\ttokens/s\tp50 ms\tp99 ms\tserver µs/token\tclient µs/token\ttokens\t\n")
+	writeTable(w, rows, "lrrlrrl")
+	fmt.Fprintln(w)
+	rows = [][]string{{"load", "tokens/s", "p50 ms", "p99 ms", "server µs/token", "client µs/token", "tokens"}}
 	for _, l := range rep.Loads {
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t\n", l.What, grouped(l.TokensPerSecond), figure(l.P50Millis, "ms"), figure(l.P99Millis, "ms"), known(l.ServerMicros), known(l.ClientMicros), grouped(float64(l.Sent)))
+		rows = append(rows, []string{
+			l.What, grouped(l.TokensPerSecond), figure(l.P50Millis, "ms"), figure(l.P99Millis, "ms"), known(l.ServerMicros), known(l.ClientMicros), grouped(float64(l.Sent)),
+		})
 	}
-	if err := table.Flush(); err != nil {
-		return err
-	}
+	writeTable(w, rows, "lrrrrrr")
 	verdict := "Every token came once and in order."
 	if !rep.Sound() {
 		verdict = fmt.Sprintf("BROKEN: %d tokens lost, %d repeated, %d wrong. The figures mean nothing.", rep.Faults.Lost, rep.Faults.Repeated, rep.Faults.Wrong)
 	}
 	_, err := fmt.Fprintf(w, "\n%s\n", verdict)
 	return err
+}
+
+// writeTable writes rows in columns, each aligned to the left (l) or the right (r).
+func writeTable(w io.Writer, rows [][]string, align string) {
+	widths := make([]int, len(align))
+	for _, row := range rows {
+		for i, cell := range row {
+			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
+		}
+	}
+	for _, row := range rows {
+		var line strings.Builder
+		for i, cell := range row {
+			space := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell))
+			if align[i] == 'r' {
+				cell, space = space+cell, ""
+			}
+			line.WriteString(cell + space + "  ")
+		}
+		fmt.Fprintln(w, strings.TrimRight(line.String(), " "))
+	}
 }
 
 func figure(v float64, unit string) string {

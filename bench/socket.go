@@ -4,7 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/rand"
-	"crypto/sha1" //nolint:gosec // RFC 6455 says so
+	"crypto/sha1"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/binary"
@@ -96,7 +96,7 @@ func (s *socket) handshake(edge *url.URL, token string) error {
 		said, _ := io.ReadAll(io.LimitReader(res.Body, 1<<10))
 		return fmt.Errorf("bench: the edge refused the connection: %s %s", res.Status, said)
 	}
-	sum := sha1.Sum([]byte(nonce + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) //nolint:gosec // RFC 6455 says so
+	sum := sha1.Sum([]byte(nonce + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
 	if res.Header.Get("Sec-Websocket-Accept") != base64.StdEncoding.EncodeToString(sum[:]) || res.Header.Get("Sec-Websocket-Protocol") != "tidemark.v1.proto" {
 		return errors.New("bench: the edge does not speak the protocol tidemark.v1.proto")
 	}

@@ -60,7 +60,7 @@ const (
 // settle waits until the system has nothing to do and returns the processor time that its process has taken; 0 where it does not say.
 func (s *System) settle(ctx context.Context) (time.Duration, error) {
 	until := time.Now().Add(settleWithin)
-	for last := time.Duration(-settleFor); ; {
+	for last := -settleFor; ; {
 		now, err := s.cpu(ctx)
 		if err != nil || now == 0 || now-last < settleFor/20 || time.Now().After(until) {
 			return now, err

@@ -17,6 +17,24 @@ const stampLen = 32
 // minTokenBytes is what an envelope with such a text takes at least, in bytes, encoded.
 const minTokenBytes = 64
 
+// Tags as they stand on the wire: the field's number, and its type in the last three bits (0 varint, 2 bytes).
+const (
+	tagClientPublish   = 1<<3 | 2
+	tagPublishID       = 1 << 3
+	tagServerEvents    = 1<<3 | 2
+	tagServerPublished = 2<<3 | 2
+	tagEnvelope        = 15<<3 | 2
+	tagSeq             = 2 << 3
+	tagToken           = 8<<3 | 2
+	tagText            = 3<<3 | 2
+	tagAck             = 2<<3 | 2
+
+	// Those of an Ack, without their type.
+	ackID        = 1
+	ackFirstSeq  = 2
+	ackDuplicate = 4
+)
+
 // hexDigits are in lower case: 0-9, a-f.
 const hexDigits = "0123456789abcdef"
 
@@ -99,9 +117,9 @@ func newTemplate(session string, size int) (*template, error) {
 func (t *template) append(out []byte, number, sent uint64) []byte {
 	body := 1 + protowire.SizeVarint(number) + len(t.tail)
 	out = appendHeader(out, opBinary, 1+protowire.SizeVarint(uint64(body))+body)
-	out = append(out, 1<<3|2)
+	out = append(out, tagClientPublish)
 	out = protowire.AppendVarint(out, uint64(body))
-	out = append(out, 1<<3|0)
+	out = append(out, tagPublishID)
 	out = protowire.AppendVarint(out, number)
 	from := len(out)
 	out = append(out, t.tail...)
@@ -113,7 +131,7 @@ var errMalformed = errors.New("bench: the edge sent what is no frame of the prot
 
 // eachEnvelope calls see with the seq and the text of every envelope in a message, if it holds events, and reports whether it does. It decodes nothing else.
 func eachEnvelope(msg []byte, see func(seq uint64, text []byte)) (events bool, err error) {
-	if len(msg) == 0 || msg[0] != 1<<3|2 {
+	if len(msg) == 0 || msg[0] != tagServerEvents {
 		return false, nil
 	}
 	body, n := bytesAt(msg[1:])
@@ -121,9 +139,8 @@ func eachEnvelope(msg []byte, see func(seq uint64, text []byte)) (events bool, e
 		return false, errMalformed
 	}
 	for len(body) > 0 {
-		tag := body[0]
-		switch tag {
-		case 15<<3 | 2:
+		switch body[0] {
+		case tagEnvelope:
 			envelope, n := bytesAt(body[1:])
 			if n < 0 {
 				return true, errMalformed
@@ -149,21 +166,21 @@ func eachEnvelope(msg []byte, see func(seq uint64, text []byte)) (events bool, e
 func readEnvelope(b []byte) (seq uint64, text []byte, ok bool) {
 	for len(b) > 0 {
 		switch b[0] {
-		case 2<<3 | 0: // seq
+		case tagSeq:
 			v, n := binary.Uvarint(b[1:])
 			if n <= 0 {
 				return 0, nil, false
 			}
 			seq = v
 			b = b[1+n:]
-		case 8<<3 | 2: // token
+		case tagToken:
 			token, n := bytesAt(b[1:])
 			if n < 0 {
 				return 0, nil, false
 			}
 			b = b[1+n:]
 			for len(token) > 0 {
-				if token[0] == 3<<3|2 { // text
+				if token[0] == tagText {
 					if text, n = bytesAt(token[1:]); n < 0 {
 						return 0, nil, false
 					}
@@ -207,7 +224,7 @@ func bytesAt(b []byte) (body []byte, n int) {
 
 // eachAck calls see with the publish id and the first seq of every acknowledgement in a message, if it holds any, and reports whether it does.
 func eachAck(msg []byte, see func(id, seq uint64, duplicate bool)) (acks bool, err error) {
-	if len(msg) == 0 || msg[0] != 2<<3|2 {
+	if len(msg) == 0 || msg[0] != tagServerPublished {
 		return false, nil
 	}
 	body, n := bytesAt(msg[1:])
@@ -215,7 +232,7 @@ func eachAck(msg []byte, see func(id, seq uint64, duplicate bool)) (acks bool, e
 		return false, errMalformed
 	}
 	for len(body) > 0 {
-		if body[0] != 2<<3|2 {
+		if body[0] != tagAck {
 			if n = skip(body); n < 0 {
 				return true, errMalformed
 			}
@@ -242,11 +259,11 @@ func eachAck(msg []byte, see func(id, seq uint64, duplicate bool)) (acks bool, e
 				return true, errMalformed
 			}
 			switch ack[0] >> 3 {
-			case 1:
+			case ackID:
 				id = v
-			case 2:
+			case ackFirstSeq:
 				seq = v
-			case 4:
+			case ackDuplicate:
 				duplicate = v != 0
 			}
 			ack = ack[1+n:]
