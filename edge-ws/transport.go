@@ -40,7 +40,7 @@ type transport struct {
 	quick chan struct{}
 
 	// Owned by Receive.
-	buf []byte
+	buf []byte // empty, of at most keptBuffer
 
 	// Shared.
 	turns   atomic.Int64 // odd while Receive waits for the peer
@@ -86,12 +86,12 @@ func (t *transport) Receive(context.Context) ([]byte, error) {
 	return b, nil
 }
 
-// room is the buffer for the next message.
-func (t *transport) room() []byte {
-	if cap(t.buf) == 0 || cap(t.buf) > keptBuffer {
-		return nil
+// keep holds on to the buffer of a message for the next one, unless it is large: the connection may be idle for hours.
+func (t *transport) keep(b []byte) {
+	if cap(b) > keptBuffer {
+		b = nil
 	}
-	return t.buf[:0]
+	t.buf = b[:0]
 }
 
 // receiveQuickly takes a message that comes whole in one frame, as those of tokens do, from the wire.
@@ -101,8 +101,8 @@ func (t *transport) receiveQuickly() ([]byte, error) {
 	if t.closing.Load() {
 		return nil, errClosing
 	}
-	b, err := t.wire.message(t.room(), 0x80|byte(t.typ), &t.closing)
-	t.buf = b
+	b, err := t.wire.message(t.buf, 0x80|byte(t.typ), &t.closing)
+	t.keep(b)
 	return b, err
 }
 
@@ -119,14 +119,13 @@ func (t *transport) receive() ([]byte, error) {
 		}
 		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "This connection speaks binary; a text message came. For text offer the subprotocol %s.", SubprotocolJSON)
 	}
-	b := t.room()
+	b := t.buf
 	for {
 		if len(b) == cap(b) {
 			b = slices.Grow(b, max(len(b), landing))
 		}
 		n, err := r.Read(b[len(b):cap(b)])
 		b = b[:len(b)+n]
-		t.buf = b
 		switch {
 		case len(b) > schema.MaxFrameBytes:
 			// Whatever is left of it is not read.
@@ -135,6 +134,7 @@ func (t *transport) receive() ([]byte, error) {
 			// The library takes a connection that ends within a message for the end of the message (v1.8.15, msgReader.Read).
 			return nil, io.ErrUnexpectedEOF
 		case err == io.EOF: //nolint:errorlint // the library returns it as it is
+			t.keep(b)
 			return b, nil
 		case err != nil:
 			return nil, err

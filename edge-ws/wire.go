@@ -15,8 +15,8 @@ import (
 const (
 	// landing is where a wire waits for bytes: a connection that is idle needs no more.
 	landing = 512
-	// gulp is what it reads at once while there is more: 16 KiB are some 200 tokens.
-	gulp = 16 << 10
+	// gulp is what it reads at once while there is more: 8 KiB are some 100 tokens.
+	gulp = 8 << 10
 	// maxBehind bounds the control frames behind a write that blocks.
 	maxBehind = 16 << 10
 	// keptOut is the largest buffer of a write that is used again.
@@ -348,6 +348,6 @@ func (w *wire) interrupt() { _ = w.SetReadDeadline(time.Unix(1, 0)) } //nolint:e
 
 // Buffers that are in use while there is something in them.
 var (
-	gulps = sync.Pool{New: func() any { return new([gulp]byte) }}            //nolint:gochecknoglobals // a pool has no state of its own
-	outs  = sync.Pool{New: func() any { return new(make([]byte, 0, gulp)) }} //nolint:gochecknoglobals // a pool has no state of its own
+	gulps = sync.Pool{New: func() any { return new([gulp]byte) }}              //nolint:gochecknoglobals // a pool has no state of its own
+	outs  = sync.Pool{New: func() any { return new(make([]byte, 0, 16<<10)) }} //nolint:gochecknoglobals // a pool has no state of its own
 )

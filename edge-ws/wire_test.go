@@ -107,7 +107,7 @@ func clientFrame(first byte, key uint32, payload []byte) []byte {
 // TestMessagesInAnyPieces: whatever the sizes of messages, frames and reads, what comes out is what was sent, in order, with and without the library.
 func TestMessagesInAnyPieces(t *testing.T) {
 	sizes := []int{0, 1, 3, 7, 8, 9, 80, 125, 126, 127, 300, 505, 506, 507, 512, 1000, 4096, gulp - 9, gulp - 8, gulp - 7, gulp, 65535, 65536, 100_000}
-	for seed := range uint64(60) {
+	for seed := range uint64(30) {
 		random := rand.New(rand.NewPCG(seed, 1))
 		var data []byte
 		var sent []string

@@ -21,7 +21,7 @@ const (
 	maxOpening = 16
 	// maxFetching bounds the attachments that read from the log at once, each at most about fetchBytes.
 	maxFetching = 4
-	fetchBytes  = 256 << 10
+	fetchBytes  = 128 << 10
 	// roundBytes is how much is gathered before it is written, and about how much one attachment gets in its turn. Clients' libraries refuse messages over 1 MiB, so a message is far below.
 	roundBytes = 64 << 10
 	// maxTargets bounds the sessions whose last epoch a connection remembers.

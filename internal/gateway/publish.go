@@ -23,7 +23,6 @@ type publishRequest struct {
 // parse reads an encoded [schema.Publish] without decoding its envelopes: this is done for every token. Of a field that stands twice the last counts, and unknown ones are passed over, as
 // protobuf says.
 func (p *publishRequest) parse(b []byte) error {
-	*p = publishRequest{envelopes: p.envelopes[:0]}
 	for len(b) > 0 {
 		num, typ, n := protowire.ConsumeTag(b)
 		if n < 0 {
@@ -68,6 +67,16 @@ func (p *publishRequest) parse(b []byte) error {
 		}
 	}
 	return nil
+}
+
+// forget lets go of the message, which may be large, and of what a publish of many envelopes needed.
+func (p *publishRequest) forget() {
+	clear(p.envelopes)
+	envelopes := p.envelopes[:0]
+	if cap(envelopes) > 64 {
+		envelopes = nil
+	}
+	*p = publishRequest{envelopes: envelopes}
 }
 
 // Field numbers of [schema.Publish] and [schema.ClientFrame]. TestWireFieldNumbers compares them with the descriptors.
@@ -149,6 +158,7 @@ func asAnswer(err error) *schema.Refusal {
 // publishEncoded handles an encoded [schema.Publish]. The error ends the connection.
 func (c *conn) publishEncoded(body []byte) error {
 	r := &c.request
+	defer r.forget()
 	if err := r.parse(body); err != nil {
 		return err
 	}
