@@ -221,7 +221,7 @@ func (e *Edge) start(t *transport, peer gateway.Peer) {
 	e.running.Go(func() {
 		pings := startPings(t, e.cfg.PingInterval)
 		// Serve logs and counts the end.
-		_ = e.cfg.Gateway.Serve(ctx, peer) //nolint:errcheck // see above
+		_ = e.cfg.Gateway.Serve(ctx, peer)
 		pings.stop()
 		cut()
 		e.mu.Lock()

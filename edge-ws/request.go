@@ -51,7 +51,7 @@ func (e *Edge) mayComeFrom(r *http.Request) bool {
 			name = u.Scheme + "://" + u.Host
 		}
 		// New has checked the pattern.
-		if ok, _ := path.Match(strings.ToLower(pattern), name); ok { //nolint:errcheck // see above
+		if ok, _ := path.Match(strings.ToLower(pattern), name); ok {
 			return true
 		}
 	}
@@ -113,5 +113,5 @@ func answer(w http.ResponseWriter, status int, body any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(body) //nolint:errcheck // the peer is gone, or reads it
+	_ = json.NewEncoder(w).Encode(body) // the peer is gone, or reads it
 }

@@ -130,10 +130,10 @@ func (t *transport) receive() ([]byte, error) {
 		case len(b) > schema.MaxFrameBytes:
 			// Whatever is left of it is not read.
 			return nil, schema.Refuse(schema.Code_CODE_TOO_LARGE, "The message has more than %d bytes, which is the most that is allowed.", schema.MaxFrameBytes)
-		case err == io.EOF && t.wire.failed: //nolint:errorlint // the library returns it as it is
+		case err == io.EOF && t.wire.failed: // the library returns it as it is
 			// The library takes a connection that ends within a message for the end of the message (v1.8.15, msgReader.Read).
 			return nil, io.ErrUnexpectedEOF
-		case err == io.EOF: //nolint:errorlint // the library returns it as it is
+		case err == io.EOF: // the library returns it as it is
 			t.keep(b)
 			return b, nil
 		case err != nil:
@@ -198,7 +198,7 @@ func (t *transport) Close(code schema.Code, message string) {
 	defer close(t.over)
 	if t.broken.Load() || t.sending.Load() {
 		t.wire.cut()
-		_ = t.c.CloseNow() //nolint:errcheck // there is nothing to be lost
+		_ = t.c.CloseNow() // there is nothing to be lost
 		return
 	}
 	status := websocket.StatusNormalClosure
@@ -217,14 +217,14 @@ func (t *transport) Close(code schema.Code, message string) {
 	<-t.quick
 	if t.dead.Load() != nil {
 		// No answer is to be expected, but it may be read one day why the connection ended.
-		_ = t.wire.SetWriteDeadline(time.Now().Add(lastWrite))     //nolint:errcheck // it fails where the connection is closed
-		_ = t.wire.send(closeFrame(status, reason(code, message))) //nolint:errcheck // nothing is left to be tried
-		_ = t.c.CloseNow()                                         //nolint:errcheck // there is nothing to be lost
+		_ = t.wire.SetWriteDeadline(time.Now().Add(lastWrite))     // it fails where the connection is closed
+		_ = t.wire.send(closeFrame(status, reason(code, message))) // nothing is left to be tried
+		_ = t.c.CloseNow()                                         // there is nothing to be lost
 		return
 	}
 	// The library's own timeout does not cover the rest of a message that stands before that frame.
-	_ = t.wire.SetReadDeadline(time.Now().Add(closeTimeout)) //nolint:errcheck // it fails where the connection is closed
-	_ = t.c.Close(status, reason(code, message))             //nolint:errcheck // a peer that does not answer is closed all the same
+	_ = t.wire.SetReadDeadline(time.Now().Add(closeTimeout)) // it fails where the connection is closed
+	_ = t.c.Close(status, reason(code, message))             // a peer that does not answer is closed all the same
 }
 
 // closeFrame is a close frame with a code and a reason.

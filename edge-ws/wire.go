@@ -238,7 +238,7 @@ func (w *wire) Write(p []byte) (int, error) {
 		frame := append([]byte(nil), p...)
 		w.background.Go(func() {
 			// The error stays for the next who writes.
-			_ = w.writeOut(frame) //nolint:errcheck // see above
+			_ = w.writeOut(frame)
 		})
 	}
 	w.closing = w.closing || p[0]&0x0f == opClose
@@ -341,10 +341,10 @@ func (w *wire) Close() error {
 }
 
 // cut closes the connection at once.
-func (w *wire) cut() { _ = w.Conn.Close() } //nolint:errcheck // nothing is expected of it any more
+func (w *wire) cut() { _ = w.Conn.Close() } // nothing is expected of it any more
 
 // interrupt makes a read that waits return.
-func (w *wire) interrupt() { _ = w.SetReadDeadline(time.Unix(1, 0)) } //nolint:errcheck // it fails where the connection is closed
+func (w *wire) interrupt() { _ = w.SetReadDeadline(time.Unix(1, 0)) } // it fails where the connection is closed
 
 // Buffers that are in use while there is something in them.
 var (

@@ -70,7 +70,7 @@ func messages(t testing.TB, data []byte, pieces *rand.Rand, alone, text bool) (a
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tr.c.CloseNow()
+	defer func() { _ = tr.c.CloseNow() }()
 	for {
 		var b []byte
 		var err error

@@ -89,7 +89,7 @@ func decoded(raw []byte) *schema.Envelope {
 	e := new(schema.Envelope)
 	if err := proto.Unmarshal(raw, e); err != nil {
 		// It was scanned and validated before it was stored, so this is damage; its place in the sequence is shown.
-		s, _ := schema.Scan(raw) //nolint:errcheck // what it found before the damage is used
+		s, _ := schema.Scan(raw) // what it found before the damage is used
 		e = &schema.Envelope{Seq: s.Seq, Payload: &schema.Envelope_System{System: &schema.System{Message: "This envelope cannot be read: its stored bytes are damaged."}}}
 	}
 	return e

@@ -150,7 +150,7 @@ func TestProtoJSON(t *testing.T) {
 		} {
 			p.sendRaw([]byte(msg))
 			var ack *schema.Ack
-			for seen := 0; seen < 2; seen++ {
+			for range 2 {
 				f := next()
 				if f.GetPublished() != nil {
 					ack = f.GetPublished().GetAcks()[0]

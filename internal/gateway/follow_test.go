@@ -365,7 +365,9 @@ func TestI4_ResumeFromAnyCut(t *testing.T) {
 				}
 			}
 			p.cancel()
-			<-p.served
+			if err := <-p.served; err == nil {
+				t.Error("a connection that was cut ended well")
+			}
 		}
 		<-done
 		if cuts < 10 {

@@ -242,8 +242,8 @@ func (w *writer) send() bool {
 
 // What a connection ends with that is not closed gently.
 var (
-	errStuck = schema.Refuse(schema.Code_CODE_PEER_DEAD, "The peer has taken nothing for too long; come again from the last seq seen.") //nolint:gochecknoglobals // a constant
-	errCut   = schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge stops now; attach elsewhere after the last seq seen.")             //nolint:gochecknoglobals // a constant
+	errStuck = schema.Refuse(schema.Code_CODE_PEER_DEAD, "The peer has taken nothing for too long; come again from the last seq seen.")
+	errCut   = schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge stops now; attach elsewhere after the last seq seen.")
 )
 
 // lost is what the transport says where the connection broke.
