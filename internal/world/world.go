@@ -128,6 +128,9 @@ func boot(t *testing.T, cfg Config, bubble bool) *World {
 
 // close ends everything, the clients first.
 func (w *World) close() {
+	for _, c := range w.cables() {
+		c.freeze(false)
+	}
 	for i := len(w.closers) - 1; i >= 0; i-- {
 		w.closers[i]()
 	}
@@ -138,6 +141,10 @@ func (w *World) close() {
 		w.StopBroker()
 	}
 	w.StopNATS()
+	if w.bubble {
+		// net/http lingers for half a second over a connection whose client spoke nonsense, whatever its server is told.
+		time.Sleep(time.Second)
+	}
 }
 
 // T is the test that the world belongs to.
