@@ -250,7 +250,8 @@ func testConnect(w *world, d dialect) {
 		c = k.open("Connect", true)
 		c.say(clientFrame(publishOf(1, "twice?", "once")))
 		c.next()
-		c.say(rawMessage{bytes: []byte{}})
+		// The edge may have answered before the client's library has written its nothing.
+		_ = c.send(rawMessage{bytes: []byte{}})
 		c.wantStatus(schema.Code_CODE_INVALID_MESSAGE)
 	}
 	// No token and no hello.
@@ -410,6 +411,8 @@ func TestI8_SlowReaderDelaysNobody(t *testing.T) {
 		}
 		w.publish("s", "on")
 		quick.wantTexts(seq, "on")
+		// A frozen client would wait for ever to say that it cancels.
+		slow.close()
 		stuck.cancel()
 		quick.cancel()
 	})
@@ -475,6 +478,7 @@ func TestDeadPeerIsNoticed(t *testing.T) {
 				if n := w.counter("tidemark_grpc_connections"); n != 0 {
 					t.Errorf("%v connections, want the dead one closed", n)
 				}
+				k.close()
 				c.cancel()
 			})
 		})
