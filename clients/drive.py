@@ -1,0 +1,151 @@
+"""Starts `tidemark dev` as a process of its own, runs every client against it, and says of each whether it is as it should be."""
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+
+import readme
+from wire import Wire
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CACHE = sys.argv[1]
+NODE = os.path.join(CACHE, "node")
+# How long one client may take, in seconds, on a machine that does much else.
+PATIENCE = 90
+
+
+class System:
+    """A `tidemark dev`, on free ports and in a directory that are the same when it is started again."""
+
+    def __init__(self, dir):
+        self.binary = os.path.join(CACHE, "tidemark")
+        self.dir = dir
+        self.http = self.grpc = "127.0.0.1:0"
+        self.log = open(os.path.join(dir, "log"), "w+")
+        # What is set for somebody else's deployment is not for this one.
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("TIDEMARK_")}
+
+    async def start(self):
+        self.process = await asyncio.create_subprocess_exec(
+            self.binary, "dev", "--data-dir", self.dir + "/data", "--http", self.http, "--grpc", self.grpc, "--nats-listen", "off", "--origins", "https://app.example.com",
+            env=self.env, stdout=asyncio.subprocess.PIPE, stderr=self.log,
+        )
+        line = (await asyncio.wait_for(self.process.stdout.readline(), PATIENCE)).decode()
+        ready = re.fullmatch(r"ready http=(\S+) grpc=(\S+) nats=off\n", line)
+        if not ready:
+            raise Exception("tidemark dev printed %r instead of its ready line" % line)
+        self.http, self.grpc = ready.groups()
+
+    async def kill(self):
+        self.process.kill()
+        await self.process.wait()
+
+    async def stop(self):
+        self.process.terminate()
+        if code := await asyncio.wait_for(self.process.wait(), PATIENCE):
+            raise Exception("tidemark dev ended with exit code %d" % code)
+
+    async def run(self, *args, input=None):
+        """Runs a command of tidemark and returns what it printed."""
+        p = await asyncio.create_subprocess_exec(
+            self.binary, *args, "--data-dir", self.dir + "/data", env=self.env, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        out, err = await asyncio.wait_for(p.communicate((input or "").encode()), PATIENCE)
+        if p.returncode:
+            raise Exception("tidemark %s: %s" % (" ".join(args), err.decode()))
+        return out.decode()
+
+
+async def script(system, *command):
+    """Runs a client whose connections are cut at random; its last line says what it has seen."""
+    http, grpc = await Wire(system.http).open(), await Wire(system.grpc).open()
+    cutting = [asyncio.create_task(w.cut_at_random(0.03, 0.25)) for w in (http, grpc)]
+    env = dict(system.env, TOKEN=await system.run("token", "--role", "agent"), EDGE_HTTP=system.http, EDGE_GRPC=system.grpc, CUT_HTTP=http.address, CUT_GRPC=grpc.address)
+    env["TOKEN"] = env["TOKEN"].strip()
+    env["GENERATED"] = os.path.join(CACHE, "generated")
+    p = await asyncio.create_subprocess_exec(*command, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+    try:
+        out, _ = await asyncio.wait_for(p.communicate(), PATIENCE)
+    except asyncio.TimeoutError:
+        raise Exception("it was not done after %d s" % PATIENCE)
+    finally:
+        if p.returncode is None:
+            p.kill()
+            await p.wait()
+        idle = [task for task in cutting if task.done()]
+        for task in cutting:
+            task.cancel()
+        http.close()
+        grpc.close()
+    text = out.decode().strip()
+    if idle:
+        raise Exception("nobody cut its wire: %r" % idle)
+    if p.returncode:
+        raise Exception(text)
+    return text.splitlines()[-1]
+
+
+async def generate():
+    """Generates Python and JavaScript code from the protobuf definitions."""
+    out = os.path.join(CACHE, "generated")
+    shutil.rmtree(out, ignore_errors=True)
+    os.makedirs(out)
+    sources = os.path.join(HERE, "..", "schema", "proto")
+    names = [os.path.join("tidemark", "v1", n) for n in sorted(os.listdir(os.path.join(sources, "tidemark", "v1")))]
+    p = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "grpc_tools.protoc", "-I", sources, "--python_out", out, "--grpc_python_out", out,
+        "--plugin=protoc-gen-es=" + os.path.join(NODE, "node_modules", ".bin", "protoc-gen-es"), "--es_out", out, "--es_opt", "target=js,import_extension=js", *names,
+    )
+    if await p.wait():
+        raise Exception("the protobuf definitions cannot be compiled")
+    # Node looks for modules beside the file that imports them, and above.
+    for name in os.listdir(NODE):
+        if name.endswith(".mjs"):
+            os.remove(os.path.join(NODE, name))
+    for name in os.listdir(HERE):
+        if name.endswith(".mjs"):
+            shutil.copy(os.path.join(HERE, name), NODE)
+    shutil.rmtree(os.path.join(NODE, "generated"), ignore_errors=True)
+    shutil.copytree(out, os.path.join(NODE, "generated"))
+
+
+async def main():
+    await generate()
+    passed = failed = 0
+    with tempfile.TemporaryDirectory(prefix="tidemark-clients-") as dir:
+        system = System(dir)
+        await system.start()
+        try:
+            for name, check in [
+                ("Python, session socket", lambda: script(system, sys.executable, os.path.join(HERE, "session_socket.py"))),
+                ("Node, session socket", lambda: script(system, "node", os.path.join(NODE, "session_socket.mjs"))),
+                ("Python, gRPC", lambda: script(system, sys.executable, os.path.join(HERE, "over_grpc.py"))),
+                ("Node, gRPC-Web", lambda: script(system, "node", os.path.join(NODE, "over_grpc_web.mjs"))),
+                ("README.md", lambda: readme.check(system, CACHE)),
+            ]:
+                began = time.monotonic()
+                try:
+                    said = await check()
+                    passed += 1
+                    print("ok      %s: %s (%.1f s)" % (name, said, time.monotonic() - began), flush=True)
+                except Exception as wrong:
+                    failed += 1
+                    print("failed  %s: %s" % (name, wrong or repr(wrong)), flush=True)
+            await system.stop()
+        except BaseException:
+            if system.process.returncode is None:
+                await system.kill()
+            raise
+        finally:
+            if failed:
+                system.log.seek(0)
+                print("\nThe log of tidemark dev:\n" + system.log.read()[-20000:])
+    print("%d passed, %d failed" % (passed, failed))
+    return 1 if failed else 0
+
+
+sys.exit(asyncio.run(main()))

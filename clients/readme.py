@@ -1,0 +1,118 @@
+"""The clients that README.md shows, as they stand there: each must print what is published, once and in order, while its connection is cut and the server killed."""
+
+import ast
+import asyncio
+import json
+import os
+import re
+import sys
+
+from wire import Wire
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+# The address that README.md uses, and the one of the wire instead.
+ADDRESS = "127.0.0.1:8080"
+# How long everybody may take to print what was published, in seconds.
+PATIENCE = 30
+
+
+def snippet(language):
+    """The one client in that language."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        found = re.findall(r"^```%s\n(.*?)^```$" % language, f.read(), re.S | re.M)
+    assert len(found) == 1 and ADDRESS in found[0], "README.md shows %d clients in %s" % (len(found), language)
+    return found[0]
+
+
+def after(prefix, parse):
+    """Reads lines as `token DATA`."""
+    return lambda line: parse(line[len(prefix) :])["text"] if line.startswith(prefix) else ""
+
+
+class Client:
+    """A snippet that runs."""
+
+    def __init__(self, language, text):
+        # text finds the published text in a line of output, "" where there is none.
+        self.language, self.text, self.texts, self.errors = language, text, [], []
+
+    async def start(self, env, *command):
+        self.process = await asyncio.create_subprocess_exec(*command, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, limit=1 << 22)
+        self.reading = [asyncio.create_task(self._read()), asyncio.create_task(self._listen())]
+
+    async def _read(self):
+        async for line in self.process.stdout:
+            if text := self.text(line.decode()).strip():
+                self.texts.append(text)
+
+    async def _listen(self):
+        async for line in self.process.stderr:
+            self.errors = self.errors[-20:] + [line.decode()]
+
+    async def stop(self):
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+        for task in self.reading:
+            await task
+
+
+async def build(cache, wire):
+    """Puts the snippets where their languages find what they need, and returns the commands that run them."""
+    js, py, go = (snippet(l).replace(ADDRESS, wire.address) for l in ("js", "python", "go"))
+    at = {l: os.path.join(cache, place) for l, place in (("js", "node/readme.cjs"), ("python", "readme-snippet.py"), ("go", "readme-snippet.go"))}
+    # What README.md says to do before, and where TOKEN comes from.
+    js = "globalThis.WebSocket ??= require('ws')\nconst TOKEN = process.env.TOKEN\n" + js
+    py = "import os\nTOKEN = os.environ['TOKEN']\n" + py
+    for language, text in (("js", js), ("python", py), ("go", go)):
+        with open(at[language], "w", encoding="utf-8") as f:
+            f.write(text)
+    program = os.path.join(cache, "readme-snippet")
+    p = await asyncio.create_subprocess_exec("go", "build", "-o", program, at["go"], cwd=ROOT)
+    assert await p.wait() == 0, "the client in Go does not compile"
+    return ["node", at["js"]], [sys.executable, "-u", at["python"]], [program]
+
+
+async def check(system, cache):
+    wire = await Wire(system.http).open()
+    commands = await build(cache, wire)
+    clients = [Client("JavaScript", lambda line: line), Client("Python", after("token ", ast.literal_eval)), Client("Go", after("token ", json.loads))]
+    env = dict(system.env, TOKEN=(await system.run("token")).strip())
+    published = []
+
+    async def publish(lines):
+        await system.run("publish", "hello", input="".join(line + "\n" for line in lines))
+        published.extend(lines)
+
+    async def all_printed():
+        for _ in range(PATIENCE * 50):
+            if all(len(c.texts) >= len(published) for c in clients):
+                break
+            await asyncio.sleep(0.02)
+        for c in clients:
+            said = "; it says:\n" + "".join(c.errors) if c.errors else ""
+            assert c.process.returncode is None, "the client in %s ended%s" % (c.language, said)
+            assert c.texts == published, "the client in %s printed %r, published was %r%s" % (c.language, c.texts, published, said)
+
+    try:
+        for client, command in zip(clients, commands):
+            await client.start(env, *command)
+        await publish(["Hello from a shell", "low tide", "潮"])
+        await all_printed()
+        # Cut, and published to before they are back.
+        wire.cut()
+        await publish(["while you were away %d" % i for i in range(10)])
+        await all_printed()
+        # The whole server is gone, and comes back with what it had.
+        await system.kill()
+        await asyncio.sleep(0.5)
+        await system.start()
+        await publish(["high tide", "the end"])
+        await all_printed()
+        assert wire.cuts >= len(clients), "nothing was cut"
+    finally:
+        for client in clients:
+            if hasattr(client, "process"):
+                await client.stop()
+        wire.close()
+    return "its clients in JavaScript, Python and Go print all %d lines once, over a cut and a kill -9" % len(published)
