@@ -345,6 +345,30 @@ func TestLargest(t *testing.T) {
 	})
 }
 
+// TestTooLargeIsNotReadToTheEnd: what announces a gigabyte is refused when the bound is reached.
+func TestTooLargeIsNotReadToTheEnd(t *testing.T) {
+	bubble(t, nil, func(w *world) {
+		r := w.upgrade("/v1/connect?token="+w.agentToken(), "Sec-WebSocket-Protocol: "+SubprotocolProto+"\r\n")
+		go func() {
+			_, _ = r.Write([]byte{0x82, 0x80 | 127, 0, 0, 0, 0, 1 << 6, 0, 0, 0, 0, 0, 0, 0})
+			_, _ = r.Write(make([]byte, 2*schema.MaxFrameBytes))
+		}()
+		op, payload, err := r.next()
+		f := new(schema.ServerFrame)
+		if err != nil || op != 2 || proto.Unmarshal(payload, f) != nil || f.GetError().GetCode() != schema.Code_CODE_TOO_LARGE {
+			t.Fatalf("got %d %v, %v", op, f, err)
+		}
+		// The rest, which never comes, is not waited for.
+		began := time.Now()
+		if op, payload, err := r.next(); err != nil || op != 8 || !strings.HasPrefix(string(payload), "\x03\xf1too_large") {
+			t.Errorf("got %d %q, %v", op, payload, err)
+		}
+		if _, _, err := r.next(); err == nil || time.Since(began) != closeTimeout {
+			t.Errorf("it ended with %v after %s", err, time.Since(began))
+		}
+	})
+}
+
 // TestDrain: clients are told, and closed with 1012.
 func TestDrain(t *testing.T) {
 	bubble(t, nil, func(w *world) {

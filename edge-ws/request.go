@@ -42,7 +42,7 @@ func (e *Edge) mayComeFrom(r *http.Request) bool {
 	if err != nil {
 		return false
 	}
-	if u.Host != "" && strings.EqualFold(u.Host, r.Host) {
+	if strings.EqualFold(u.Host, r.Host) {
 		return true
 	}
 	for _, pattern := range e.cfg.Origins {

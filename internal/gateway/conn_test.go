@@ -259,6 +259,8 @@ func TestHalfClosed(t *testing.T) {
 		p.wantAttached(1, 1)
 		p.wantTexts(1, 1, "hi")
 		p.wantCaughtUp(1, 1)
+		time.Sleep(time.Minute)
+		p.wantNothing()
 		w.fill("s", "you")
 		p.wantTexts(1, 2, "you")
 		if err := w.log.Delete(w.Context(), schema.SessionID{Tenant: "default", Name: "s"}); err != nil {

@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"tidemark/broker"
@@ -156,6 +157,8 @@ func TestDetachBeforeItIsOpen(t *testing.T) {
 		p := w.agent()
 		p.attach(&schema.Attach{Channel: 1, Session: "s", Start: &schema.Attach_AfterSeq{AfterSeq: 2}})
 		p.detach(1)
+		p.publish(&schema.Publish{PublishId: 9, Channel: 1, Envelopes: []*schema.Envelope{tokenOf("x")}})
+		p.wantRejected(9, schema.Code_CODE_INVALID_MESSAGE, "Channel 1 is no open attachment")
 		// What the connection does meanwhile is not delayed.
 		p.token(1, "s", "t4")
 		p.wantAck(1, 4, 4)
@@ -165,6 +168,37 @@ func TestDetachBeforeItIsOpen(t *testing.T) {
 		}
 		p.wantNothing()
 		p.leave()
+	})
+}
+
+// TestI4_DetachedBehindWhatWasWritten: what was fetched and not written any more is not passed over by the cursor that the client resumes from.
+func TestI4_DetachedBehindWhatWasWritten(t *testing.T) {
+	bubble(t, nil, func(w *world) {
+		w.fill("s", texts(9)...)
+		f, err := w.log.Follow(w.Context(), schema.SessionID{Tenant: "default", Name: "s"}, broker.FollowOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := newConn(w.Context(), w.g, Peer{Protocol: Proto})
+		defer c.stop()
+		wr := newWriter(c)
+		wr.out = new(outgoing)
+		a := &attachment{c: c, channel: 1, follower: f}
+		a.back.Store(true)
+		wr.turn(a) // attached, and all nine
+		w.fill("s", "t10")
+		a.phase = fetching
+		if a.batch, a.err = f.Fetch(w.Context(), fetchBytes); a.err != nil || a.batch.Through != 10 {
+			t.Fatalf("fetched through %d, %v", a.batch.Through, a.err)
+		}
+		a.back.Store(true)
+		a.detach.Store(true)
+		wr.out.reset()
+		wr.turn(a)
+		last := new(schema.ServerFrame)
+		if messages := wr.out.all(); len(messages) != 1 || proto.Unmarshal(messages[0], last) != nil || last.GetDetached().GetThroughSeq() != 9 {
+			t.Errorf("got %d messages, %v; want detached through 9", len(messages), last)
+		}
 	})
 }
 
@@ -415,7 +449,8 @@ func TestI8_ManySessionsOnOneConnection(t *testing.T) {
 			w.fill("s0", flood)
 		}
 		for i := 1; i < sessions; i++ {
-			w.fill(fmt.Sprint("s", i), texts(each)...)
+			w.fill(fmt.Sprint("s", i), texts(each-1)...)
+			w.fill(fmt.Sprint("s", i), flood)
 		}
 		p := w.agent()
 		for i := range sessions {
@@ -444,6 +479,9 @@ func TestI8_ManySessionsOnOneConnection(t *testing.T) {
 			if want := map[bool]uint64{true: 200, false: each}[i == 0]; seqs[uint32(i+1)] != want {
 				t.Errorf("session s%d came to %d, want %d", i, seqs[uint32(i+1)], want)
 			}
+		}
+		if n := p.largest.Load(); n > 3*roundBytes {
+			t.Errorf("%d bytes were gathered for one write", n)
 		}
 		// Live, all of them.
 		for i := range sessions {
@@ -479,6 +517,12 @@ func TestMaxAttachedSessions(t *testing.T) {
 			p.detach(i + 1)
 			want[*schema.ServerFrame_Detached](p)
 			open(i + 1 + schema.MaxAttachedSessions)
+		}
+		synctest.Wait()
+		for c := range w.g.conns {
+			if n := len(c.channels); n > 2*schema.MaxAttachedSessions+1 {
+				t.Errorf("%d attachments are remembered", n)
+			}
 		}
 		p.leave()
 	})

@@ -80,6 +80,8 @@ type peer struct {
 	message string
 	// sends counts calls of Send.
 	sends atomic.Int64
+	// largest is the most bytes in one of them.
+	largest atomic.Int64
 
 	proto Protocol
 }
@@ -101,6 +103,11 @@ func (p *peer) Receive(ctx context.Context) ([]byte, error) {
 
 func (p *peer) Send(ctx context.Context, messages [][]byte) error {
 	p.sends.Add(1)
+	size := 0
+	for _, m := range messages {
+		size += len(m)
+	}
+	p.largest.Store(max(p.largest.Load(), int64(size)))
 	for _, m := range messages {
 		select {
 		case p.out <- append([]byte(nil), m...):
