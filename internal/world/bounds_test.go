@@ -319,3 +319,39 @@ func TestI8_NATSIsAway(t *testing.T) {
 		})
 	}
 }
+
+// TestI8_SoonAfterNATSIsBack: however long it was away, and whether it came back as it was or anew, publishes and followers go on within moments.
+func TestI8_SoonAfterNATSIsBack(t *testing.T) {
+	Run(t, Config{}, func(w *World) {
+		x := w.Write("s", WriterOptions{Edges: []*Edge{w.Edge(0)}, Producer: "p"})
+		near, far := w.Read("s", ReaderOptions{Edges: []*Edge{w.Edge(0)}}), w.Read("s", ReaderOptions{Ways: []Way{GRPC}, Edges: []*Edge{w.Edge(1)}})
+		n := 0
+		for _, how := range []struct {
+			name     string
+			off, on_ func()
+		}{
+			{"restarted", w.StopNATS, w.StartNATS},
+			{"frozen", func() { w.Edge(0).Freeze(); w.Edge(1).Freeze() }, func() { w.Edge(0).Thaw(); w.Edge(1).Thaw() }},
+			{"crashed", func() {}, w.CrashNATS},
+		} {
+			for _, away := range []time.Duration{0, time.Second, 10 * time.Second, time.Minute, 10 * time.Minute} {
+				how.off()
+				w.Sleep(away)
+				how.on_()
+				began := time.Now()
+				x.Send(Token("."))
+				n++
+				x.WaitAcked(n)
+				acked := time.Since(began)
+				near.Wait(uint64(n))
+				far.Wait(uint64(n))
+				seen := time.Since(began)
+				t.Logf("%s for %s: acknowledged after %s, seen on both edges after %s", how.name, away, acked, seen)
+				if acked > 3*time.Second || seen > 3*time.Second {
+					t.Errorf("%s for %s: acknowledged after %s, seen on both edges after %s", how.name, away, acked, seen)
+				}
+				w.Sleep(time.Second)
+			}
+		}
+	})
+}

@@ -54,7 +54,7 @@ func (c *calls) stream(ctx context.Context, method string, clients, servers bool
 
 func (c *calls) drop() {
 	c.cancel()
-	_ = c.cc.Close() //nolint:errcheck // it may be closed
+	_ = c.cc.Close()
 }
 
 // failedCall is an error of a stream, with what came behind it.
@@ -113,7 +113,7 @@ func (s *streamWire) receive() ([]*schema.ServerFrame, error) {
 
 func (s *streamWire) close() {
 	if s.s != nil {
-		_ = s.s.CloseSend() //nolint:errcheck // it never fails
+		_ = s.s.CloseSend()
 	}
 }
 

@@ -121,7 +121,7 @@ func newStream(size int) *stream {
 	return s
 }
 
-var errReset = &net.OpError{Op: "read", Net: "memory", Err: syscall.ECONNRESET} //nolint:gochecknoglobals // a constant
+var errReset = &net.OpError{Op: "read", Net: "memory", Err: syscall.ECONNRESET}
 
 func past(t time.Time) bool { return !t.IsZero() && !time.Now().Before(t) }
 

@@ -19,7 +19,7 @@ func seeds(few, many int) []uint64 {
 		return []uint64{one}
 	}
 	n := few
-	if os.Getenv("TIDEMARK_SLOW") != "" {
+	if slow() {
 		n = many
 	}
 	all := make([]uint64, n)
@@ -28,3 +28,5 @@ func seeds(few, many int) []uint64 {
 	}
 	return all
 }
+
+func slow() bool { return os.Getenv("TIDEMARK_SLOW") != "" }

@@ -141,7 +141,7 @@ func (p *Peer) Send(f *schema.ClientFrame) {
 }
 
 // SendRaw sends a message as it is: of the way's kind, text or binary.
-func (p *Peer) SendRaw(b []byte) { _ = p.wire.raw(b) } //nolint:errcheck // a want finds out
+func (p *Peer) SendRaw(b []byte) { _ = p.wire.raw(b) }
 
 // Attach follows a session on a channel of this connection.
 func (p *Peer) Attach(a *schema.Attach) {

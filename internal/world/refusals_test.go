@@ -1,7 +1,6 @@
 package world
 
 import (
-	"context"
 	"fmt"
 	"net"
 	"net/http"
@@ -324,7 +323,7 @@ func TestBadInput_WrongSubprotocol(t *testing.T) {
 		others := w.bystander(w.Edge(0))
 		for _, offered := range [][]string{nil, {"tidemark.v2.proto"}, {"graphql-ws", "mqtt"}} {
 			s := newSocket(path{net: w.net, addr: w.Edge(0).Name + ".http"}, w.Token(schema.Role_ROLE_AGENT, "*"))
-			err := s.dial(context.Background(), "ws://edge/v1/connect", offered...)
+			err := s.dial(w.t.Context(), "ws://edge/v1/connect", offered...)
 			end := s.ending(err)
 			if err == nil || end.Status != http.StatusBadRequest || end.Code != schema.Code_CODE_UNSUPPORTED_PROTOCOL || end.Message == "" {
 				t.Errorf("%v: %s", offered, end)
@@ -341,7 +340,7 @@ func TestBadInput_Nonsense(t *testing.T) {
 		others := w.bystander(w.Edge(0))
 		for _, port := range []string{".http", ".grpc"} {
 			for _, nonsense := range []string{"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1", "GET", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff\xff\xff\xff", strings.Repeat("A", 200<<10)} {
-				_, c, err := w.net.dial(context.Background(), w.Edge(0).Name+port)
+				_, c, err := w.net.dial(w.t.Context(), w.Edge(0).Name+port)
 				w.must(err)
 				go func(c net.Conn) {
 					_, _ = c.Write([]byte(nonsense))

@@ -41,7 +41,7 @@ func (s *socket) dial(ctx context.Context, target string, subprotocols ...string
 	if err != nil {
 		if res != nil && res.StatusCode != http.StatusSwitchingProtocols {
 			s.refused = res
-			s.body, _ = io.ReadAll(res.Body) //nolint:errcheck // what there is
+			s.body, _ = io.ReadAll(res.Body)
 		}
 		return err
 	}
@@ -61,14 +61,14 @@ func (s *socket) write(typ websocket.MessageType, b []byte) error {
 
 func (s *socket) close() {
 	if s.c != nil {
-		_ = s.c.Close(websocket.StatusNormalClosure, "") //nolint:errcheck // it may be closed
+		_ = s.c.Close(websocket.StatusNormalClosure, "")
 	}
 	s.transport.CloseIdleConnections()
 }
 
 func (s *socket) drop() {
 	if s.c != nil {
-		_ = s.c.CloseNow() //nolint:errcheck // it may be closed
+		_ = s.c.CloseNow()
 	}
 	s.transport.CloseIdleConnections()
 }
@@ -77,7 +77,7 @@ func (s *socket) ending(err error) Ending {
 	e := Ending{Err: err}
 	if s.refused != nil {
 		var said struct{ Details, Code string }
-		_ = json.Unmarshal(s.body, &said) //nolint:errcheck // then it says nothing
+		_ = json.Unmarshal(s.body, &said)
 		e.Status, e.Message = s.refused.StatusCode, said.Details
 		e.Code = codeOf(said.Code)
 		return e

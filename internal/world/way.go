@@ -135,6 +135,6 @@ func setChannel(f *schema.ServerFrame, channel uint32) *schema.ServerFrame {
 
 // clone is a copy that shares nothing.
 func clone[M proto.Message](m M) M {
-	c, _ := proto.Clone(m).(M) //nolint:errcheck // of its own type
+	c, _ := proto.Clone(m).(M)
 	return c
 }
