@@ -187,7 +187,7 @@ func (k *killing) socket(session string, query url.Values) (*websocket.Conn, err
 	query.Set("token", k.token(schema.Role_ROLE_USER))
 	ctx, cancel := context.WithTimeout(k.ctx, 10*time.Second)
 	defer cancel()
-	ws, _, err := websocket.Dial(ctx, "ws://"+k.overWS.addr+"/ws?"+query.Encode(), nil) //nolint:bodyclose // there is none to close
+	ws, _, err := websocket.Dial(ctx, "ws://"+k.overWS.addr+"/ws?"+query.Encode(), nil)
 	if err == nil {
 		ws.SetReadLimit(4 << 20)
 	}

@@ -190,7 +190,7 @@ func quietAddresses(t *testing.T, n int) []string {
 		if err != nil {
 			continue
 		}
-		defer l.Close() //nolint:gocritic // all at the end, so that no port comes twice
+		defer func() { _ = l.Close() }() // all at the end, so that no port comes twice
 		all = append(all, l.Addr().String())
 	}
 	if len(all) < n {

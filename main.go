@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
+	"unicode/utf8"
 
 	"github.com/alecthomas/kong"
 )
@@ -66,6 +68,9 @@ type usageError struct{ error }
 
 func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
+// sameSignal is within what a second signal is the first: coreutils' timeout signals the process and then its group, and nobody presses a key so soon again.
+const sameSignal = 100 * time.Millisecond
+
 func main() {
 	ctx, end := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 2)
@@ -73,7 +78,12 @@ func main() {
 	go func() {
 		// The first signal asks for an orderly end. Who sends a second does not want to wait for it.
 		end(fmt.Errorf("%s signal received", <-signals))
-		fmt.Fprintf(os.Stderr, "tidemark: %s signal received again; ending at once\n", <-signals)
+		first := time.Now()
+		again := <-signals
+		for time.Since(first) < sameSignal {
+			again = <-signals
+		}
+		fmt.Fprintf(os.Stderr, "tidemark: %s signal received again; ending at once\n", again)
 		os.Exit(exitFailed)
 	}()
 	os.Exit(run(ctx, &environment{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, lookup: os.LookupEnv, program: programName()}, os.Args[1:]))
@@ -82,6 +92,12 @@ func main() {
 // run carries out one command line and returns the exit code.
 func run(ctx context.Context, env *environment, args []string) int {
 	env.args = args
+	for _, a := range args {
+		if !utf8.ValidString(a) {
+			// Further on it would be made valid, and name another session than the one that was meant.
+			return complain(env, fmt.Errorf("the argument %q is not UTF-8", a), exitUsage)
+		}
+	}
 	exited := -1
 	c := new(commands)
 	parser, err := newParser(c, env, &exited)

@@ -71,7 +71,11 @@ func (c *publishCommand) Run(ctx context.Context, env *environment) error {
 			}
 		},
 		Lost: func(err error) {
-			fmt.Fprintf(env.stderr, "connection lost, publishing goes on when it is back: %s\n", sentence(err))
+			what := "connection lost, publishing goes on when it is back"
+			if _, said := errors.AsType[*schema.Refusal](err); said {
+				what = "refused for now, trying again"
+			}
+			fmt.Fprintf(env.stderr, "%s: %s\n", what, sentence(err))
 		},
 	})
 	published := c.publish(ctx, p, recording.NewDecoder(in, recording.Config{Format: format, IDPrefix: c.IDPrefix}))

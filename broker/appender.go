@@ -250,6 +250,7 @@ func (a *appender) bury(s *Submission) {
 	var retry backoff
 	a.confirmed = false
 	var sent *frame // the tombstone that lost its race, or its acknowledgement
+	emptied := false
 	for {
 		none := []*Submission{}
 		if err := a.know(ctx, &none); err != nil {
@@ -279,6 +280,13 @@ func (a *appender) bury(s *Submission) {
 			sent = f
 			a.behind()
 			continue
+		}
+		if schema.CodeOf(err) == schema.Code_CODE_STORAGE_FULL && !emptied {
+			// The tombstone needs room, and what it would remove has it.
+			emptied = true
+			if err = a.log.empty(ctx, a.lane); err == nil {
+				continue
+			}
 		}
 		if err == nil {
 			f.StreamSeq = seq

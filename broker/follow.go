@@ -329,6 +329,10 @@ func (l *JetStreamLog) follow(ctx context.Context, stream string, t *tail) {
 	}
 }
 
+// resetAttempts is how often the client makes an ordered consumer anew by itself before it gives it up to us. Between attempts it would wait for seconds, up to ten; our own waits are shorter and end with
+// the context. Stop must not be called from another goroutine than Next's: it waits for Next, or for all the attempts.
+const resetAttempts = 1
+
 // consume reads the stream from where the tail is until something breaks. caughtUp is called when it has come to what was the end when it began.
 func (l *JetStreamLog) consume(ctx context.Context, stream string, t *tail, caughtUp func()) error {
 	s, err := l.js.Stream(ctx, stream)
@@ -342,11 +346,11 @@ func (l *JetStreamLog) consume(ctx context.Context, stream string, t *tail, caug
 		t.reset()
 		at = 0
 	}
-	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: at + 1}
+	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: at + 1, MaxResetAttempts: resetAttempts}
 	if at == 0 {
 		cfg.OptStartSeq = l.warmFrom(now)
 		if from := time.Now().Add(-l.cfg.WarmFor); cfg.OptStartSeq <= now.LastSeq && now.FirstTime.Before(from) {
-			cfg = jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartTimePolicy, OptStartTime: &from}
+			cfg = jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartTimePolicy, OptStartTime: &from, MaxResetAttempts: resetAttempts}
 		}
 	}
 	cons, err := s.OrderedConsumer(ctx, cfg)
@@ -358,14 +362,13 @@ func (l *JetStreamLog) consume(ctx context.Context, stream string, t *tail, caug
 		return err
 	}
 	defer it.Stop()
-	defer context.AfterFunc(ctx, it.Stop)()
 	info := cons.CachedInfo()
 	t.passed(info.Delivered.Stream)
 	if info.NumPending == 0 {
 		caughtUp()
 	}
 	for {
-		msg, err := it.Next()
+		msg, err := it.Next(jetstream.NextContext(ctx))
 		if err != nil {
 			return err
 		}

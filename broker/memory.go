@@ -216,7 +216,7 @@ func (m *memorySession) store(envelopes []schema.Accepted, now time.Time) {
 func (m *memorySession) fold(raw []byte) {
 	e := new(schema.Envelope)
 	if err := proto.Unmarshal(raw, e); err != nil {
-		panic("broker: an accepted envelope cannot be decoded: " + err.Error())
+		panic("broker: an accepted envelope cannot be decoded: " + err.Error()) //nolint:forbidigo // invariant: Accept decoded it
 	}
 	to := schema.Status_STATUS_UNSPECIFIED
 	switch p := e.GetPayload().(type) {

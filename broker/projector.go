@@ -42,7 +42,7 @@ func (p *projector) run(ctx context.Context) {
 		if p.lease.acquire(ctx) != nil {
 			return
 		}
-		p.logger.Info("projecting", "stream", p.stream, "from", p.lease.position()+1)
+		p.logger.Debug("projecting", "stream", p.stream, "from", p.lease.position()+1)
 		p.metrics.leading.WithLabelValues(p.stream).Set(1)
 		err := p.hold(ctx)
 		p.metrics.leading.WithLabelValues(p.stream).Set(0)
@@ -69,7 +69,7 @@ func (p *projector) hold(ctx context.Context) error {
 			"stream", p.stream, "checkpoint", read, "last", last)
 		read = 0
 	}
-	cons, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: read + 1})
+	cons, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: read + 1, MaxResetAttempts: resetAttempts})
 	if err != nil {
 		return err
 	}
@@ -78,7 +78,6 @@ func (p *projector) hold(ctx context.Context) error {
 		return err
 	}
 	defer it.Stop()
-	defer context.AfterFunc(ctx, it.Stop)()
 	sweeping, stop := context.WithCancel(ctx)
 	var sweeper sync.WaitGroup
 	sweeper.Go(func() { p.sweepRegistry(sweeping) })
@@ -97,6 +96,9 @@ func (p *projector) project(ctx context.Context, it jetstream.MessagesContext, p
 	nextTick, nextBeat := time.Now().Add(tickEvery), time.Now().Add(beatEvery)
 	for {
 		msg, err := it.Next(jetstream.NextMaxWait(max(time.Until(nextTick), time.Millisecond)))
+		if ctx.Err() != nil {
+			return read, ctx.Err()
+		}
 		now := time.Now()
 		switch {
 		case err == nil:

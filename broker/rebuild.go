@@ -128,7 +128,7 @@ func (b *rebuild) stream(ctx context.Context, name string) error {
 	if s.CachedInfo().State.Msgs == 0 {
 		return nil
 	}
-	cons, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{})
+	cons, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{MaxResetAttempts: resetAttempts})
 	if err != nil {
 		return unreadable(err)
 	}
@@ -137,7 +137,6 @@ func (b *rebuild) stream(ctx context.Context, name string) error {
 		return unreadable(err)
 	}
 	defer it.Stop()
-	defer context.AfterFunc(ctx, it.Stop)()
 	p := b.projection()
 	defer b.count(p)
 	for pending := uint64(1); pending > 0; {

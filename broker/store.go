@@ -54,7 +54,7 @@ func (l *JetStreamLog) store(ctx context.Context, a *appender, data []byte, tomb
 				return 0, errLostRace
 			case errCodeInsufficientResources, errCodeMemoryExceeded, errCodeStorageExceeded, errCodeStreamStoreFailed:
 				r := schema.Refuse(schema.Code_CODE_STORAGE_FULL,
-					"The log's storage is full; nothing of this publish to session %s was stored. Free space or raise the limit, then send it again.", a.id)
+					"The log's storage is full; nothing more of session %s is stored. Remove sessions or raise the limit, then try again.", a.id)
 				r.Err = err
 				return 0, r
 			case errCodeMaxPayload:
@@ -93,4 +93,16 @@ func (l *JetStreamLog) request(ctx context.Context, msg *nats.Msg) (uint64, erro
 		return 0, errors.New("broker: an acknowledgement without a sequence")
 	}
 	return ack.Seq, nil
+}
+
+// empty removes all of a session's frames but the last, which the next fence names.
+func (l *JetStreamLog) empty(ctx context.Context, ln lane) error {
+	s, err := l.js.Stream(ctx, l.reader.logOf(ln))
+	if err == nil {
+		err = s.Purge(ctx, jetstream.WithPurgeSubject(ln.logSubject()), jetstream.WithPurgeKeep(1))
+	}
+	if err != nil {
+		return &schema.Refusal{Code: schema.Code_CODE_STORAGE_FULL, Message: "The log's storage is full, and the session could not be removed.", Err: err}
+	}
+	return nil
 }

@@ -94,9 +94,23 @@ func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
 	if err := gs.SendHeader(nil); err != nil {
 		return failed(schema.AsRefusal(err))
 	}
-	e.streams.Go(func() { _ = e.cfg.Gateway.Serve(gs.Context(), gp) })
+	e.streams.Go(func() {
+		ctx, stop := whilePeer(gs.Context())
+		defer stop()
+		_ = e.cfg.Gateway.Serve(ctx, gp)
+	})
 	<-t.closed
 	return t.failure
+}
+
+// whilePeer is a stream's context for the gateway: it ends with the stream, because the peer has left.
+func whilePeer(stream context.Context) (context.Context, context.CancelFunc) {
+	ctx, end := context.WithCancelCause(context.WithoutCancel(stream))
+	stop := context.AfterFunc(stream, func() { end(gateway.ErrPeerLeft) })
+	return ctx, func() {
+		stop()
+		end(nil)
+	}
 }
 
 // nativeTransport carries a connection of the gateway over a stream of grpc-go.

@@ -99,7 +99,9 @@ func (s stream) serveWeb(e *Edge, ctx context.Context, c connect.StreamingHandle
 		if err := c.Send(nil); err != nil {
 			return err
 		}
-		_ = e.cfg.Gateway.Serve(ctx, gp)
+		serving, stop := whilePeer(ctx)
+		_ = e.cfg.Gateway.Serve(serving, gp)
+		stop()
 		if t.failure == nil {
 			e.metrics.calls.WithLabelValues(s.method, c.Peer().Protocol, "ok").Inc()
 			return nil

@@ -91,7 +91,7 @@ func testRepeatedOnAnotherEdge(w *world) {
 		// Once more when the other edge has an appender that others have overtaken.
 		b.publish(Tokens("n", 2)...)
 		if round == 0 {
-			a, p = Tokens("m", 2), nil
+			a = Tokens("m", 2)
 			ra = w.publish(a...)
 		}
 	}

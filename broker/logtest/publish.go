@@ -402,8 +402,10 @@ func testProducerRepeats(w *world) {
 		again []schema.Accepted
 		first uint64
 	}{
-		{[]schema.Accepted{Produced("p", 3, 1), Produced("p", 3, 2)}, first.First}, {[]schema.Accepted{Produced("p", 3, 2)}, first.Last},
-		{[]schema.Accepted{Produced("p", 3, 3), Produced("q", 1, 1)}, second.First}, {[]schema.Accepted{Produced("q", 1, 1)}, second.Last},
+		{[]schema.Accepted{Produced("p", 3, 1), Produced("p", 3, 2)}, first.First},
+		{[]schema.Accepted{Produced("p", 3, 2)}, first.Last},
+		{[]schema.Accepted{Produced("p", 3, 3), Produced("q", 1, 1)}, second.First},
+		{[]schema.Accepted{Produced("q", 1, 1)}, second.Last},
 	} {
 		if r := w.publish(c.again...); !r.Duplicate || r.First != c.first {
 			w.Errorf("the retry of what went to seq %d was answered with %+v", c.first, r)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -331,15 +330,3 @@ func (w *world) contains(want []schema.Accepted) {
 
 // join is one slice of all.
 func join(parts ...[]schema.Accepted) []schema.Accepted { return slices.Concat(parts...) }
-
-func text(envelopes []schema.Accepted) string {
-	var b strings.Builder
-	for _, a := range envelopes {
-		e := new(schema.Envelope)
-		if err := proto.Unmarshal(a.Bytes, e); err != nil {
-			panic(fmt.Sprint("logtest: ", err))
-		}
-		b.WriteString(e.GetToken().GetText())
-	}
-	return b.String()
-}

@@ -179,7 +179,7 @@ func (s *stage) stream(ctx context.Context) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	report := &Report{Published: len(published), Stored: now.GetHeadSeq(), Took: time.Since(began), Kills: 1}
+	report := &Report{Published: len(published), Stored: now.GetHeadSeq(), Took: time.Since(began), Kills: 1, Cuts: cuts}
 	for _, w := range []*watcher{ada, ben} {
 		t := tally(w.name, published, w.got, w.live)
 		t.Cuts = w.lost
@@ -195,13 +195,14 @@ var errUnfinished = errors.New("demo: not everything arrived in time")
 func (s *stage) publish(ctx context.Context, agent *client.Client, ada *watcher, cancel context.CancelCauseFunc) ([]sent, error) {
 	p := agent.Publisher(ctx, client.PublishOptions{Session: session, Producer: "agent"})
 	steps := s.cfg.Recording.Steps
-	acts := map[int]func(){}
+	acts := map[int][]func(){}
 	for i := range cuts {
-		acts[len(steps)*(i+1)/(cuts+2)] = ada.cut
+		at := len(steps) * (i + 1) / (cuts + 2)
+		acts[at] = append(acts[at], func() { ada.cut(ctx) })
 	}
 	var restarting sync.WaitGroup
 	defer restarting.Wait()
-	acts[len(steps)*(cuts+1)/(cuts+2)] = func() {
+	kill := func() {
 		s.screen.note("the gRPC edge is killed (kill -9), with the agent's and Ben's connections")
 		s.grpc.kill()
 		restarting.Go(func() {
@@ -216,10 +217,12 @@ func (s *stage) publish(ctx context.Context, agent *client.Client, ada *watcher,
 			s.screen.note("the gRPC edge is back")
 		})
 	}
+	at := len(steps) * (cuts + 1) / (cuts + 2)
+	acts[at] = append(acts[at], kill)
 	published := make([]sent, 0, len(steps))
 	next := time.Now()
 	for i, step := range steps {
-		if act := acts[i]; act != nil {
+		for _, act := range acts[i] {
 			act()
 		}
 		next = next.Add(time.Duration(float64(step.After) / s.cfg.Speed))
@@ -250,6 +253,8 @@ type watcher struct {
 	column int
 	name   string
 	f      *client.Follower
+	// following has a token for each time that the client has attached and was not cut since.
+	following chan struct{}
 
 	// Owned by watch until it has ended.
 	got       []received
@@ -265,11 +270,16 @@ func (s *stage) watcher(column int, name, edge string) (*watcher, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &watcher{stage: s, column: column, name: name, f: c.Follow(client.FollowOptions{Session: session})}, nil
+	return &watcher{stage: s, column: column, name: name, following: make(chan struct{}, 1), f: c.Follow(client.FollowOptions{Session: session})}, nil
 }
 
-// cut cuts the client's connection, as a tunnel or a lid that is shut does.
-func (w *watcher) cut() {
+// cut cuts the client's connection, as a tunnel or a lid that is shut does. One that was cut just before is given the time to be back, or there would be nothing to cut.
+func (w *watcher) cut(ctx context.Context) {
+	select {
+	case <-w.following:
+	case <-ctx.Done():
+		return
+	}
 	w.stage.screen.note("%s: the connection is cut", w.name)
 	w.f.Cut()
 }
@@ -293,6 +303,10 @@ func (w *watcher) watch(ctx context.Context, n int) error {
 			w.stage.cfg.Logger.Debug("a client's connection is lost", "client", w.name, "behind", len(w.got), "error", e.Lost)
 		case e.Attached != nil:
 			resumed = len(w.got)
+			select {
+			case w.following <- struct{}{}:
+			default:
+			}
 		case e.CaughtUp != nil:
 			caughtUp = true
 			if w.lost > 0 {

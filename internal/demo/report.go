@@ -6,6 +6,7 @@ import (
 	"iter"
 	"reflect"
 	"slices"
+	"strings"
 	"time"
 
 	"tidemark/internal/recording"
@@ -46,13 +47,13 @@ type Report struct {
 	Stored  uint64
 	Took    time.Duration
 	Tallies []Tally
-	// Kills is how often an edge process was killed.
-	Kills int
+	// Kills is how often an edge process was killed, Cuts how often the first client's connection was to be cut.
+	Kills, Cuts int
 }
 
 // OK reports whether nothing was lost, repeated, out of order or changed.
 func (r *Report) OK() bool {
-	ok := r.Published > 0 && r.Stored == uint64(r.Published) && len(r.Tallies) > 0
+	ok := r.Published > 0 && r.Stored == uint64(r.Published) && len(r.Tallies) > 0 && r.Tallies[0].Cuts >= r.Cuts
 	for _, t := range r.Tallies {
 		ok = ok && t.Received == r.Published && t.Lost == 0 && t.Repeated == 0 && t.OutOfOrder == 0 && t.SameText
 	}
@@ -130,14 +131,11 @@ func (r *Report) Print(w io.Writer) error {
 		}
 	}
 	for i, row := range rows {
-		line := "  "
-		for j, cell := range row {
-			if j == 0 {
-				line += fmt.Sprintf("%-*s", widths[j], cell)
-			} else {
-				line += fmt.Sprintf("   %*s", widths[j], cell)
-			}
+		cells := []string{fmt.Sprintf("  %-*s", widths[0], row[0])}
+		for j, cell := range row[1:] {
+			cells = append(cells, fmt.Sprintf("%*s", widths[j+1], cell))
 		}
+		line := strings.Join(cells, "   ")
 		if _, err := fmt.Fprintln(w, line); err != nil {
 			return err
 		}

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"strconv"
+	"strings"
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
@@ -16,11 +17,34 @@ type protoJSONCodec struct{}
 func (protoJSONCodec) receive(c *conn, msg []byte) error {
 	f := new(schema.ClientFrame)
 	if err := protojson.Unmarshal(msg, f); err != nil {
+		if c.rejectUnknown(msg, err) {
+			return nil
+		}
 		return &schema.Refusal{
 			Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The message is not a frame of the protocol in protobuf's JSON form: " + err.Error(), Err: err,
 		}
 	}
 	return c.receive(f, len(msg))
+}
+
+// rejectUnknown rejects a publish that is wrong only in that it has keys which this version does not know, a payload's type among them. The connection, and what else it carries, goes on.
+func (c *conn) rejectUnknown(msg []byte, why error) bool {
+	f := new(schema.ClientFrame)
+	if (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(msg, f) != nil || f.GetPublish() == nil {
+		return false
+	}
+	r := &schema.Refusal{
+		Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The publish has a key that the protocol does not know: " + strings.ToValidUTF8(why.Error(), "?"), Err: why,
+	}
+	for _, e := range f.GetPublish().GetEnvelopes() {
+		if e.GetPayload() == nil {
+			r.Code = schema.Code_CODE_UNKNOWN_TYPE
+		}
+	}
+	if p := c.admit(f.GetPublish().GetPublishId(), len(msg)); p != nil {
+		p.answer(broker.Receipt{}, r)
+	}
+	return true
 }
 
 func (protoJSONCodec) frame(w *writer, f *schema.ServerFrame) {

@@ -203,7 +203,7 @@ func (c *conn) over(err error) {
 	r, ok := errors.AsType[*schema.Refusal](err)
 	switch {
 	case c.ctx.Err() != nil:
-		c.finish(&ending{refusal: errCut})
+		c.finish(c.cut())
 	case !ok:
 		c.finish(&ending{lost: err})
 		c.peer.Transport.Close(schema.Code_CODE_UNSPECIFIED, "")
@@ -219,10 +219,18 @@ func (c *conn) over(err error) {
 func (c *conn) fail(err error) {
 	if c.ctx.Err() != nil {
 		// What failed did so because the connection is cut.
-		c.finish(&ending{refusal: errCut})
+		c.finish(c.cut())
 		return
 	}
 	c.finish(&ending{refusal: schema.AsRefusal(err)})
+}
+
+// cut is why the connection ends when its context has ended.
+func (c *conn) cut() *ending {
+	if cause := context.Cause(c.ctx); errors.Is(cause, ErrPeerLeft) {
+		return &ending{lost: cause}
+	}
+	return &ending{refusal: errCut}
 }
 
 // finish ends the connection; the first reason counts. The writer does what remains to be done. It may be called from anywhere.

@@ -8,6 +8,9 @@ import (
 	"tidemark/schema"
 )
 
+// ErrPeerLeft is the cause of a context that ends because its peer has gone, for transports whose streams have contexts; any other end of [Gateway.Serve]'s context means that the edge stops.
+var ErrPeerLeft = errors.New("gateway: the peer has left")
+
 // Transport moves whole messages over one connection and knows nothing of what they say.
 //
 // Receive is called by one goroutine and Send by one other, so the two run concurrently with each other, never with themselves. Close may be called at any time, by anyone, more than once.

@@ -107,7 +107,7 @@ func (w *writer) loop() (schema.Code, string) {
 		case <-w.late:
 			return w.goodbye(end.refusal)
 		case <-c.ctx.Done():
-			c.finish(&ending{refusal: errCut})
+			c.finish(c.cut())
 			return w.lost()
 		}
 	}
@@ -217,7 +217,7 @@ func (w *writer) send() bool {
 		}
 		switch {
 		case c.ctx.Err() != nil:
-			c.finish(&ending{refusal: errCut})
+			c.finish(c.cut())
 			return false
 		case err != nil:
 			c.finish(&ending{lost: err})

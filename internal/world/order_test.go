@@ -91,6 +91,36 @@ func TestI2_AFloodOnOneEdgeStarvesNobodyOnAnother(t *testing.T) {
 	})
 }
 
+// TestI2_AFloodStarvesNobodyInRealTime is the same by the real clock, as quick as the machine is.
+func TestI2_AFloodStarvesNobodyInRealTime(t *testing.T) {
+	if !slow() {
+		t.Skip("TIDEMARK_SLOW runs it: it takes seconds, and all of the machine")
+	}
+	w := New(t, Config{Durability: schema.Durability_DURABILITY_OS})
+	flood := w.Write("s", WriterOptions{Edges: []*Edge{w.Edge(0)}, Producer: "flood", Window: 512})
+	turns := w.Write("s", WriterOptions{Ways: []Way{GRPC}, Edges: []*Edge{w.Edge(1)}, Window: 1})
+	flood.SendEach(Tokens("f", 2000))
+	flood.WaitAcked(500)
+	worst := time.Duration(0)
+	for i := range 50 {
+		for flood.Unacked() < 20_000 {
+			flood.SendEach(Tokens(fmt.Sprint("f", i, "."), 2000))
+		}
+		began := time.Now()
+		turns.Send(UserMessage(fmt.Sprint("turn ", i)))
+		turns.WaitAcked(i + 1)
+		worst = max(worst, time.Since(began))
+		w.Sleep(20 * time.Millisecond)
+	}
+	turns.Flush()
+	flood.Flush()
+	all := w.Edge(1).WantStored("s", flood, turns)
+	t.Logf("%d envelopes; who writes now and then waited %s at most; %v batches were handed over", len(all), worst, w.Edge(1).Counted("tidemark_log_hand_overs_total"))
+	if worst > 3*time.Second || w.Edge(1).Counted("tidemark_log_hand_overs_total") == 0 {
+		t.Errorf("who writes now and then waited %s; %v batches were handed over", worst, w.Edge(1).Counted("tidemark_log_hand_overs_total"))
+	}
+}
+
 // TestI2_TwoFloodsShareASession: both edges flood it, and both come to their end, neither far ahead of the other.
 func TestI2_TwoFloodsShareASession(t *testing.T) {
 	Run(t, Config{Latency: time.Millisecond}, func(w *World) {

@@ -198,7 +198,7 @@ func TestI3_EverythingBreaks(t *testing.T) {
 					o.CutAfter = func() int { return 2000 + up.IntN(12_000) }
 					o.DeafAfter = func() int { return 1000 + down.IntN(8_000) }
 					x := w.Write("s", o)
-					for k := range 150 {
+					for k := range 400 {
 						n := 1
 						if o.Ways[0] != SessionSocket && o.Ways[1] != SessionSocket {
 							n += r.IntN(3)

@@ -70,7 +70,8 @@ type World struct {
 	closers []func()
 }
 
-var secret = []byte("a secret that every process of the world knows")
+// secret is what every process of the world signs and checks tokens with.
+var secret = []byte("a secret that every process of the world knows") //nolint:gochecknoglobals // a constant
 
 // patience is how long a verb waits for what it wants. In a bubble that is no time at all.
 const patience = time.Minute
