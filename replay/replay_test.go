@@ -360,7 +360,7 @@ func TestReadThroughAnEdge(t *testing.T) {
 	c := edge(t, log)
 	id := schema.SessionID{Tenant: "default", Name: "s"}
 	stamp := schema.NewStamp(&schema.Source{Subject: "bot", Role: schema.Role_ROLE_AGENT})
-	want := ""
+	var want strings.Builder
 	for i := range 700 {
 		word := fmt.Sprint(" word", i)
 		a, err := stamp.AcceptEnvelope(text("m", word), time.Now())
@@ -370,21 +370,21 @@ func TestReadThroughAnEdge(t *testing.T) {
 		if _, err := broker.Append(t.Context(), log, id, broker.Submission{Envelopes: []schema.Accepted{a}}); err != nil {
 			t.Fatal(err)
 		}
-		want += word
+		want.WriteString(word)
 	}
 	read := func(o replay.Options) iter.Seq2[client.Event, error] { return replay.Read(t.Context(), c, o) }
 
 	events := read(replay.Options{Session: "s"})
 	for range 2 { // it can be ranged over again
 		v, err := replay.Verify("s", events)
-		if err != nil || !v.Sound() || v.Envelopes != 700 || v.TextBytes != len(want) {
+		if err != nil || !v.Sound() || v.Envelopes != 700 || v.TextBytes != len(want.String()) {
 			t.Fatalf("%+v %v", v, err)
 		}
 	}
 	for _, merge := range []bool{false, true} {
 		var b bytes.Buffer
 		err := replay.Transcript(t.Context(), replay.NewPrinter(&b, false), read(replay.Options{Session: "s", MergeTokens: merge}), false)
-		if err != nil || b.String() != "bot (agent): "+want+"\n" {
+		if err != nil || b.String() != "bot (agent): "+want.String()+"\n" {
 			t.Errorf("merged %v: %v, %d bytes: %.200s", merge, err, b.Len(), &b)
 		}
 	}

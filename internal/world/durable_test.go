@@ -31,6 +31,7 @@ func TestI1_AcknowledgedOnlyAfterStored(t *testing.T) {
 				x.WaitAcked(200*round + 20)
 			}
 			w.StopNATS()
+			w.Sleep(10 * time.Millisecond) // what NATS had said arrives
 			synctest.Wait()
 			before := acked()
 			if before == 1000*len(writers) {

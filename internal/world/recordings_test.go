@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -70,7 +71,11 @@ func wantPlayed(t *testing.T, who string, rec *recording.Recording, got []*schem
 
 // cuts makes a function for CutAfter: so many cuts, each after up to so many bytes.
 func cuts(r *rand.Rand, times, bytes int) func() int {
+	var mu sync.Mutex
+	r = rand.New(rand.NewPCG(r.Uint64(), 0))
 	return func() int {
+		mu.Lock()
+		defer mu.Unlock()
 		if times--; times < 0 {
 			return 0
 		}

@@ -3,6 +3,7 @@ package world
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -16,6 +17,11 @@ func (e *Edge) Stored(session string) []*schema.Envelope {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	s, err := e.Log.Session(ctx, Session(session))
+	for schema.CodeOf(err) == schema.Code_CODE_UNAVAILABLE && ctx.Err() == nil {
+		// Its connection for reads is on its way back.
+		time.Sleep(10 * time.Millisecond)
+		s, err = e.Log.Session(ctx, Session(session))
+	}
 	if r := refused(err); r != nil && r.Code == schema.Code_CODE_SESSION_NOT_FOUND {
 		return nil
 	}
