@@ -456,11 +456,18 @@ func TestBadInput_DiskFull(t *testing.T) {
 		}
 		filler.Close()
 		goOn()
-		filler = w.Join(w.Edge(0), ProtoSocket, "filler again")
+		filler = w.Join(w.Edge(0), ProtoSocket, "filler")
 		full()
 		refuse()
 
-		// Or raises the limit.
+		// Or somebody deletes a session.
+		w.must(w.Call(w.Edge(1), "DeleteSession", &schema.DeleteSessionRequest{Session: "filler"}, new(schema.DeleteSessionResponse)))
+		w.Settle()
+		goOn()
+		full()
+		refuse()
+
+		// Or the limit is raised.
 		w.StopNATS()
 		w.SetMaxStore(64 << 20)
 		w.StartNATS()
