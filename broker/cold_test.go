@@ -96,9 +96,10 @@ func (w *scribe) checkState() {
 	if st.recent.from != w.st.recent.from || len(st.recent.ids) != len(w.st.recent.ids) {
 		w.Fatalf("ids are known from %d on, %d of them; want from %d, %d", st.recent.from, len(st.recent.ids), w.st.recent.from, len(w.st.recent.ids))
 	}
-	for id, seq := range w.st.recent.seqs {
-		if st.recent.seqs[id] != seq {
-			w.Fatalf("id %s is known at %d, not at %d", id, st.recent.seqs[id], seq)
+	for _, id := range w.st.recent.ids {
+		seq, _ := w.st.recent.find(id)
+		if at, _ := st.recent.find(id); at != seq {
+			w.Fatalf("id %s is known at %d, not at %d", id, at, seq)
 		}
 	}
 }

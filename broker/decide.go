@@ -78,7 +78,7 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 	r := Receipt{Epoch: d.st.epoch, First: d.head + 1, Last: d.head + uint64(len(s.Envelopes))}
 	for i := range s.Envelopes {
 		e := &s.Envelopes[i]
-		if _, twice := d.st.recent.seqs[e.ID]; twice {
+		if _, twice := d.st.recent.find(e.ID); twice {
 			// Nothing of the submission was in the window before: it is one of its own.
 			d.st.recent.drop(i)
 			return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Two envelopes of one publish to session %s have the same id, %s.", d.id, e.ID)
@@ -105,7 +105,7 @@ func (d *draft) duplicate(s *Submission) (first uint64, dup bool, err error) {
 	var found int
 	for i := range s.Envelopes {
 		e := &s.Envelopes[i]
-		seq, ok := d.st.recent.seqs[e.ID]
+		seq, ok := d.st.recent.find(e.ID)
 		if !ok && e.Producer.ID != "" {
 			seq, ok, err = d.placeOf(e.Producer)
 			if err != nil && found < i {
@@ -253,14 +253,6 @@ func (d *draft) commit(f *frame) {
 
 // rollback leaves the state as it was before the draft.
 func (d *draft) rollback() { d.st.recent.drop(len(d.envelopes)) }
-
-// drop takes the last n ids out again, which were put and not trimmed.
-func (w *idWindow) drop(n int) {
-	for _, id := range w.ids[len(w.ids)-n:] {
-		delete(w.seqs, id)
-	}
-	w.ids = w.ids[:len(w.ids)-n]
-}
 
 // covers reports whether every envelope behind c is in the window.
 func (w *idWindow) covers(st *state, c Cursor) bool {

@@ -57,15 +57,6 @@ type producerRun struct {
 	count     uint64
 }
 
-// idWindow remembers the ids of the last envelopes of a session.
-type idWindow struct {
-	seqs map[ulid.ULID]uint64
-	// ids are those of the seqs from `from` on.
-	ids []ulid.ULID
-	// from is the oldest seq whose id is known: an id that is not in seqs was not stored at or behind it.
-	from uint64
-}
-
 func newState() *state {
 	return &state{producers: map[string]*producerState{}, recent: idWindow{from: 1}}
 }
@@ -216,38 +207,6 @@ func (p *producerState) place(seq uint64) (uint64, bool) {
 		}
 	}
 	return 0, false
-}
-
-// add takes in the id of the next seq.
-func (w *idWindow) add(seq uint64, id ulid.ULID) {
-	w.put(seq, id)
-	w.trim()
-}
-
-// put takes in the id of the next seq and forgets none, so that it can be taken out again.
-func (w *idWindow) put(seq uint64, id ulid.ULID) {
-	if seq != w.from+uint64(len(w.ids)) {
-		// Retention took what was before.
-		*w = idWindow{from: seq}
-	}
-	if w.seqs == nil {
-		w.seqs = make(map[ulid.ULID]uint64)
-	}
-	w.ids = append(w.ids, id)
-	w.seqs[id] = seq
-}
-
-// trim forgets the oldest ids until there are recentIDs.
-func (w *idWindow) trim() {
-	n := max(0, len(w.ids)-recentIDs)
-	for _, id := range w.ids[:n] {
-		// An id that came again after it had left the window belongs to its newer place.
-		if w.seqs[id] == w.from {
-			delete(w.seqs, id)
-		}
-		w.from++
-	}
-	w.ids = w.ids[n:]
 }
 
 // proto is the part of the state that a page carries. The ids are not in it: they are read back from the envelopes.

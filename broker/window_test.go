@@ -100,7 +100,7 @@ func TestI8_WindowBehindRetentionIsBounded(t *testing.T) {
 		if err := st.foldRest(f); err != nil {
 			t.Fatal(err)
 		}
-		if held := len(st.recent.seqs); held > recentIDs || st.head-st.recent.from+1 != uint64(min(held, recentIDs)) {
+		if held := len(st.recent.ids); held > recentIDs || st.head-st.recent.from+1 != uint64(min(held, recentIDs)) {
 			t.Fatalf("at head %d the window says that it begins at %d and holds %d ids", st.head, st.recent.from, held)
 		}
 	}
