@@ -1,7 +1,9 @@
 package schema
 
 import (
+	"encoding/binary"
 	"math"
+	"math/rand/v2"
 	"time"
 	"unicode/utf8"
 
@@ -234,7 +236,7 @@ func (t Stamp) Accept(raw []byte, now time.Time) (Accepted, error) {
 	out := make([]byte, len(raw), len(raw)+len(t.source)+seqRoom+28+16)
 	copy(out, raw)
 	if !s.hasID {
-		s.ID = ulid.MustNew(ulid.Timestamp(now), ulid.DefaultEntropy())
+		s.ID = mintID(now)
 		out = append(out, byte(fieldID<<3|2), ulid.EncodedSize)
 		at := len(out)
 		out = out[:at+ulid.EncodedSize]
@@ -247,6 +249,13 @@ func (t Stamp) Accept(raw []byte, now time.Time) (Accepted, error) {
 	}
 	out = append(out, t.source...)
 	return Accepted{Bytes: out, ID: s.ID, Kind: s.Kind, Producer: s.Producer, Payload: out[s.payloadFrom:s.payloadTo]}, nil
+}
+
+// mintID makes an id for an envelope whose sender gave none: the time, and 80 random bits. The library's own source of randomness has one lock for the process, and this is done for every token.
+func mintID(now time.Time) (id ulid.ULID) {
+	binary.BigEndian.PutUint64(id[:8], ulid.Timestamp(now)<<16|rand.Uint64()>>48)
+	binary.BigEndian.PutUint64(id[8:], rand.Uint64())
+	return id
 }
 
 // AcceptEnvelope is Accept for an envelope that is already decoded, as from JSON. It does not keep e.
