@@ -59,11 +59,7 @@ func Scan(raw []byte) (Scanned, error) {
 	var s Scanned
 	var seen uint32
 	for b := raw; len(b) > 0; {
-		num, typ, n := protowire.ConsumeTag(b)
-		if n < 0 {
-			return s, malformed(protowire.ParseError(n))
-		}
-		m := protowire.ConsumeFieldValue(num, typ, b[n:])
+		num, typ, n, m := consumeField(b)
 		if m < 0 {
 			return s, malformed(protowire.ParseError(m))
 		}
@@ -172,6 +168,17 @@ func (s *Scanned) scanProducer(b []byte) error {
 // plain reports whether a producer's place satisfies Validate.
 func (p *ProducerPlace) plain() bool {
 	return p.ID != "" && len(p.ID) <= MaxProducerIDBytes && utf8.ValidString(p.ID) && p.Seq > 0
+}
+
+// consumeField measures the field at the beginning of b: n bytes of tag, and m of value with its length; m is negative where it is none. Nearly all fields of a token have a tag and a length of one byte.
+func consumeField(b []byte) (num protowire.Number, typ protowire.Type, n, m int) {
+	if len(b) >= 2 && b[0] >= 1<<3 && b[0] < 1<<7 && b[0]&7 == byte(protowire.BytesType) && int(b[1]) < min(1<<7, len(b)-1) {
+		return protowire.Number(b[0] >> 3), protowire.BytesType, 1, 1 + int(b[1])
+	}
+	if num, typ, n = protowire.ConsumeTag(b); n < 0 {
+		return 0, 0, 0, n
+	}
+	return num, typ, n, protowire.ConsumeFieldValue(num, typ, b[n:])
 }
 
 // parseULID accepts the canonical form only, so that equal ids are equal bytes.
@@ -321,16 +328,12 @@ func plainToken(b []byte) bool {
 	var hasMessage bool
 	var last protowire.Number
 	for len(b) > 0 {
-		num, typ, n := protowire.ConsumeTag(b)
+		num, typ, n, m := consumeField(b)
 		// Out of order or twice: leave it to the decoder.
-		if n < 0 || num <= last || num > 3 {
+		if m < 0 || num <= last || num > 3 {
 			return false
 		}
 		last = num
-		m := protowire.ConsumeFieldValue(num, typ, b[n:])
-		if m < 0 {
-			return false
-		}
 		switch num {
 		case 1:
 			if typ != protowire.BytesType {
