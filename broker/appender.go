@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
+	"golang.org/x/sync/semaphore"
 
 	"tidemark/schema"
 )
@@ -187,6 +188,7 @@ func (a *appender) store(batch []*Submission) {
 			f.StreamSeq = seq
 			d.commit(f)
 			a.log.metrics.appended(f.Count, len(data), time.Since(f.Time))
+			d.releaseAll()
 			for _, t := range d.taken {
 				t.s.finish(t.r, nil)
 			}
@@ -313,11 +315,32 @@ func notFound(id schema.SessionID) error {
 	return schema.Refuse(schema.Code_CODE_SESSION_NOT_FOUND, "Session %s has no envelope.", id)
 }
 
+// release gives back the bytes that it holds.
+func (s *Submission) release() {
+	if s.held != nil {
+		s.held.Release(int64(s.size))
+		s.held = nil
+	}
+}
+
+// releaseAll gives back what the submissions of a stored frame hold, at once: the bound is shared by all sessions.
+func (d *draft) releaseAll() {
+	var held *semaphore.Weighted
+	size := 0
+	for _, t := range d.taken {
+		if t.s.held != nil {
+			held, t.s.held = t.s.held, nil
+			size += t.s.size
+		}
+	}
+	if held != nil {
+		held.Release(int64(size))
+	}
+}
+
 // finish answers the submission.
 func (s *Submission) finish(r Receipt, err error) {
-	if s.release != nil {
-		s.release(s.size)
-	}
+	s.release()
 	s.Done(r, err)
 }
 

@@ -258,7 +258,7 @@ func (l *JetStreamLog) submit(ctx context.Context, id schema.SessionID, s *Submi
 	for {
 		a := l.appender(id)
 		if a == nil {
-			s.release(s.size)
+			s.release()
 			return schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge is stopping; publish to session %s through another.", id)
 		}
 		err := a.submit(ctx, s)
@@ -266,11 +266,14 @@ func (l *JetStreamLog) submit(ctx context.Context, id schema.SessionID, s *Submi
 			continue
 		}
 		if err != nil {
-			s.release(s.size)
+			s.release()
 		}
 		return err
 	}
 }
+
+// smallPublish is a size, in bytes, that every server takes that can be of use; asking the connection what its server takes goes through the connection's lock.
+const smallPublish = 16 << 10
 
 // stampBytes is more than an edge adds to an envelope: id, time, source, seq.
 const stampBytes = 512
@@ -285,8 +288,10 @@ func (l *JetStreamLog) admit(ctx context.Context, id schema.SessionID, s *Submis
 		s.size += s.Envelopes[i].Size()
 	}
 	limit := schema.MaxFrameBytes + stampBytes*len(s.Envelopes)
-	if most := int(l.conn.MaxPayload()) - frameOverhead; most > 0 {
-		limit = min(limit, most)
+	if s.size > smallPublish {
+		if most := int(l.conn.MaxPayload()) - frameOverhead; most > 0 {
+			limit = min(limit, most)
+		}
 	}
 	if s.size > limit {
 		return schema.Refuse(schema.Code_CODE_TOO_LARGE, "The publish to session %s takes %d bytes; at most %d are allowed.", id, s.size, limit)
@@ -305,7 +310,7 @@ func (l *JetStreamLog) admit(ctx context.Context, id schema.SessionID, s *Submis
 			return l.unavailable(id, errors.New("this edge holds as much as it may"))
 		}
 	}
-	s.release = func(n int) { l.queued.Release(int64(n)) }
+	s.held = l.queued
 	return nil
 }
 

@@ -4,6 +4,8 @@ import (
 	"context"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"tidemark/schema"
 )
 
@@ -53,8 +55,8 @@ type Submission struct {
 	// size is what the envelopes take in a frame, in bytes; deadline is until when they are held. Both are set when it is submitted.
 	size     int
 	deadline time.Time
-	// release gives back the bytes it holds in the log's bound.
-	release func(bytes int)
+	// held is what it holds bytes of; nil where it holds none.
+	held *semaphore.Weighted
 }
 
 // Receipt is the place that a submission got.
