@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -30,6 +31,9 @@ type appender struct {
 	id      schema.SessionID
 	lane    lane
 	subject string
+
+	// stored is the stream sequence of the last frame that was stored here: who attaches on this edge finds at least that.
+	stored atomic.Uint64
 
 	mu      sync.Mutex
 	queue   []*Submission // waiting for the next frame
@@ -187,6 +191,7 @@ func (a *appender) store(batch []*Submission) {
 		case err == nil:
 			f.StreamSeq = seq
 			d.commit(f)
+			a.stored.Store(seq)
 			a.log.metrics.appended(f.Count, len(data), time.Since(f.Time))
 			d.releaseAll()
 			for _, t := range d.taken {

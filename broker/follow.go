@@ -40,6 +40,11 @@ func (l *JetStreamLog) Follow(ctx context.Context, id schema.SessionID, o Follow
 // begin finds where the session stands and where the follower starts. The tail may be a moment behind an acknowledgement that the client has seen, so no start is refused before the log was
 // asked, too.
 func (f *tailFollower) begin(ctx context.Context, o FollowOptions) (Attachment, error) {
+	if seq := f.log.stored(f.id); seq > f.tail.position() {
+		if err := f.log.tailReaches(ctx, f.tail, seq); err != nil {
+			return Attachment{}, err
+		}
+	}
 	at, err := f.beginAt(ctx, o)
 	switch schema.CodeOf(err) {
 	case schema.Code_CODE_SEQ_BEYOND_HEAD, schema.Code_CODE_EPOCH_MISMATCH, schema.Code_CODE_SESSION_NOT_FOUND:
@@ -113,6 +118,17 @@ func (f *tailFollower) reachHead(ctx context.Context) error {
 		return err
 	}
 	return f.log.tailReaches(ctx, f.tail, head.StreamSeq)
+}
+
+// stored is the stream sequence of the last frame of the session that this edge stored; 0 where it remembers none.
+func (l *JetStreamLog) stored(id schema.SessionID) uint64 {
+	l.mu.Lock()
+	a := l.appenders[id]
+	l.mu.Unlock()
+	if a == nil {
+		return 0
+	}
+	return a.stored.Load()
 }
 
 // startsAtTime reports whether it is the time that says where to start.
