@@ -13,6 +13,7 @@ from tidemark.v1 import envelope_pb2, service_pb2, service_pb2_grpc, wire_pb2  #
 
 SESSION = "gRPC from Python %d" % time.time_ns()
 AUTHORIZED = [("authorization", "Bearer " + os.environ["TOKEN"])]
+# At least.
 APPENDS = 150
 # A channel waits longer and longer before it connects again; here that is not the point. The least is also how long connecting may take.
 QUICKLY = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 5000), ("grpc.max_reconnect_backoff_ms", 100)]
@@ -27,8 +28,10 @@ def stub(address):
 def publish(written, counts):
     """Appends with a producer's sequence: the same request, sent again after a lost answer, is stored once."""
     service = stub(os.environ["CUT_GRPC"])
-    seq = 0
-    for _ in range(APPENDS):
+    seq = appends = 0
+    # As many as it takes to have one of them cut.
+    while appends < APPENDS or not counts["again"]:
+        appends += 1
         request = service_pb2.AppendRequest(session=SESSION)
         for _ in range(random.randint(1, 5)):
             seq += 1
@@ -109,7 +112,7 @@ def main():
         raise wrong[0]
     assert got == calm, "who was cut got something else"
     assert [e.token.text for e in got[:-1]] == written, "something else was written"
-    assert counts["streams"] > 2 and counts["again"] > 0, "hardly anything was cut: %r" % counts
+    assert counts["streams"] > 2, "hardly anything was cut: %r" % counts
     service = stub(os.environ["EDGE_GRPC"])
     session = service.GetSession(service_pb2.GetSessionRequest(session=SESSION), metadata=AUTHORIZED).session
     assert session.head_seq == len(got), session

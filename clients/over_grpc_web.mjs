@@ -11,6 +11,7 @@ const { TOKEN, EDGE_GRPC, CUT_GRPC } = process.env
 const origin = 'https://app.example.com'
 const session = `gRPC-Web from Node ${process.hrtime.bigint()}`
 const headers = { authorization: `Bearer ${TOKEN}`, origin }
+// At least.
 const appends = 150
 // What a cut wire looks like to somebody who speaks HTTP through fetch.
 const lost = [Code.Unavailable, Code.Unknown, Code.Internal, Code.Aborted, Code.DataLoss, Code.DeadlineExceeded, Code.Canceled]
@@ -30,7 +31,8 @@ async function publish () {
   const service = client(CUT_GRPC)
   const written = []
   let again = 0
-  for (let i = 0; i < appends; i++) {
+  // As many as it takes to have one of them cut.
+  for (let i = 0; i < appends || again === 0; i++) {
     const seq = BigInt(i + 1)
     const text = `${['ebb', 'flood', '潮', '🌊'][i % 4]} ${i}\n`
     written.push(text)
@@ -112,6 +114,6 @@ for (const name of ['authorization', 'content-type', 'x-grpc-web', 'x-user-agent
 const [[written, again], [calm], [got, streams]] = await Promise.all([publish(), follow(EDGE_GRPC), follow(CUT_GRPC)])
 assert.deepEqual(got, calm, 'who was cut got something else')
 assert.deepEqual(got.slice(0, -1).map(e => e.payload.value.text), written)
-assert(again > 0 && streams > 2, `hardly anything was cut: ${again} appends sent again, ${streams} streams`)
+assert(streams > 2, `hardly anything was cut: ${streams} streams`)
 await assert.rejects(client(EDGE_GRPC).getSession({ session }, { headers: { origin } }), e => e.code === Code.Unauthenticated)
 console.log(`${got.length} envelopes, ${again} appends sent again, read over ${streams} streams, are those of an undisturbed client`)

@@ -13,6 +13,7 @@ class Wire:
         self.host, port = target.rsplit(":", 1)
         self.port = int(port)
         self.pairs = set()
+        self.armed = False
         self.cuts = 0
 
     async def open(self):
@@ -36,10 +37,13 @@ class Wire:
             writer.transport.abort()
 
     async def cut_at_random(self, least, most):
-        """Cuts until it is cancelled, after random times in seconds."""
+        """Cuts until it is cancelled, after random times in seconds: at once, or at what the client says next, before or behind it, so that its requests are hit however rare they are."""
         while True:
             await asyncio.sleep(random.uniform(least, most))
-            self.cut()
+            if random.random() < 0.5:
+                self.cut()
+            else:
+                self.armed = True
 
     def close(self):
         self.server.close()
@@ -53,7 +57,7 @@ class Wire:
             return
         pair = (writer, theirs[1])
         self.pairs.add(pair)
-        pumps = [asyncio.create_task(self._pump(reader, theirs[1])), asyncio.create_task(self._pump(theirs[0], writer))]
+        pumps = [asyncio.create_task(self._pump(reader, theirs[1], True)), asyncio.create_task(self._pump(theirs[0], writer, False))]
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         self.pairs.discard(pair)
         # Who closed has sent all that he had; that still goes through.
@@ -62,11 +66,20 @@ class Wire:
                 w.close()
         await asyncio.wait(pumps)
 
-    @staticmethod
-    async def _pump(reader, writer):
+    async def _pump(self, reader, writer, requests):
         try:
             while data := await reader.read(65536):
+                cut = requests and self.armed
+                if cut:
+                    self.armed = False
+                    if random.random() < 0.5:
+                        self.cut()
+                        return
                 writer.write(data)
                 await writer.drain()
+                if cut:
+                    await asyncio.sleep(0.001)
+                    self.cut()
+                    return
         except OSError:
             pass  # cut
