@@ -45,6 +45,8 @@ type Submission struct {
 	Envelopes []schema.Accepted
 	// Expected, where not nil, is the seq that the session's head must have (0: no envelope yet), or the submission is refused with conflict.
 	Expected *uint64
+	// Kind is what the session becomes where this is its first publish and holds no SessionCreated; unspecified means chat.
+	Kind schema.SessionKind
 	// Done receives the answer. It is called from the appender and must not block.
 	Done func(Receipt, error)
 
@@ -65,6 +67,8 @@ type Receipt struct {
 	First, Last uint64
 	// Duplicate: it was stored before, by an earlier try.
 	Duplicate bool
+	// Replaced: it was a workflow_progress, and a newer one took its place before it was stored; the seq is the newer one's.
+	Replaced bool
 }
 
 // Cursor is a place in a session: behind the envelope with this seq of this history.

@@ -76,6 +76,9 @@ func (c Code) Rule() Rule {
 	return rules[Code_CODE_INTERNAL]
 }
 
+// closeTokenExpired is the close code of a connection whose token expired: of the private ones (RFC 6455, section 7.4.2) the one that looks like HTTP's 401.
+const closeTokenExpired = 4401
+
 // The numbers of the first column are those of google.rpc.Code, those of the second are RFC 6455's.
 var rules = map[Code]Rule{ //nolint:gochecknoglobals // a table that nothing writes
 	Code_CODE_INVALID_MESSAGE:      {GRPC: 3, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
@@ -98,6 +101,15 @@ var rules = map[Code]Rule{ //nolint:gochecknoglobals // a table that nothing wri
 	Code_CODE_GOING_AWAY:           {GRPC: 14, Close: 1012, Reconnect: Reconnect_RECONNECT_SAME_CURSOR, Retryable: true},
 	Code_CODE_PEER_DEAD:            {GRPC: 14, Close: 1001, Reconnect: Reconnect_RECONNECT_SAME_CURSOR},
 	Code_CODE_INTERNAL:             {GRPC: 13, Close: 1011, Reconnect: Reconnect_RECONNECT_SAME_CURSOR},
+	Code_CODE_SESSION_ENDED:        {GRPC: 9, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
+	Code_CODE_NOT_WAITING:          {GRPC: 9, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
+	Code_CODE_INVALID_RESPONSE:     {GRPC: 3, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
+	Code_CODE_INVALID_TRANSITION:   {GRPC: 9, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
+	Code_CODE_RATE_EXCEEDED:        {GRPC: 8, Close: 1008, Reconnect: Reconnect_RECONNECT_SAME_CURSOR, Retryable: true},
+	Code_CODE_TOKEN_EXPIRED:        {GRPC: 16, Close: closeTokenExpired, Reconnect: Reconnect_RECONNECT_SAME_CURSOR},
+	Code_CODE_TOO_MANY_CONNECTIONS: {GRPC: 8, Close: 1008, Reconnect: Reconnect_RECONNECT_SAME_CURSOR},
+	Code_CODE_TOO_MANY_SESSIONS:    {GRPC: 8, Close: 1008, Reconnect: Reconnect_RECONNECT_SAME_CURSOR},
+	Code_CODE_ORIGIN_NOT_ALLOWED:   {GRPC: 7, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
 }
 
 // DurabilityWord is the class as configuration, logs and PROTOCOL.md name it: memory, os, fsync, replicated.

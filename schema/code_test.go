@@ -25,7 +25,7 @@ func TestEveryCodeHasARule(t *testing.T) {
 		if rule.GRPC < 1 || rule.GRPC > 16 {
 			t.Errorf("%v: gRPC status %d", code, rule.GRPC)
 		}
-		if !slices.Contains([]int{1000, 1001, 1002, 1003, 1007, 1008, 1009, 1011, 1012, 1013}, rule.Close) {
+		if !slices.Contains([]int{1000, 1001, 1002, 1003, 1007, 1008, 1009, 1011, 1012, 1013, closeTokenExpired}, rule.Close) {
 			t.Errorf("%v: close code %d", code, rule.Close)
 		}
 		if rule.Reconnect == Reconnect_RECONNECT_UNSPECIFIED {

@@ -772,7 +772,7 @@ func (x *Producer) GetSeq() uint64 {
 type SessionCreated struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Kind  SessionKind            `protobuf:"varint,1,opt,name=kind,proto3,enum=tidemark.v1.SessionKind" json:"kind,omitempty"`
-	// What the application keeps with the session. A JSON object, kept byte for byte.
+	// What the application keeps with the session. A JSON object, kept byte for byte. At most 64 KiB.
 	MetadataJson  string `protobuf:"bytes,2,opt,name=metadata_json,json=metadataJson,proto3" json:"metadata_json,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1467,7 +1467,7 @@ type WaitingForInput struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The question. Required.
 	Prompt string `protobuf:"bytes,1,opt,name=prompt,proto3" json:"prompt,omitempty"`
-	// Where given, an answer that is a string must be one of them.
+	// Where given, an answer that is a string must be one of them. At most 100, each of 1 to 1,000 bytes.
 	Options []string `protobuf:"bytes,2,rep,name=options,proto3" json:"options,omitempty"`
 	// What the person needs to decide. A JSON object, kept byte for byte; empty for none.
 	ContextJson   string `protobuf:"bytes,3,opt,name=context_json,json=contextJson,proto3" json:"context_json,omitempty"`

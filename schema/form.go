@@ -67,6 +67,9 @@ func (p *pass) payload(e *Envelope) {
 		enum(p, "kind", &m.Kind, sessionKindWords[:], 0)
 		p.free("metadata", &m.MetadataJson, object)
 		p.unknown(&m.unknownFields, m)
+		if p.op == opCheck && len(m.MetadataJson) > MaxSessionMetadataBytes {
+			p.refuse("The field 'metadata' has %d bytes; at most %d are allowed.", len(m.MetadataJson), MaxSessionMetadataBytes)
+		}
 	case *Envelope_StartRun:
 		m := orEmpty(x.StartRun)
 		p.text("run_id", &m.RunId, required|ident)
@@ -105,6 +108,9 @@ func (p *pass) payload(e *Envelope) {
 		p.texts("options", &m.Options)
 		p.free("context", &m.ContextJson, object)
 		p.unknown(&m.unknownFields, m)
+		if p.op == opCheck {
+			p.promptOptions(m.Options)
+		}
 	case *Envelope_UserInput:
 		m := orEmpty(x.UserInput)
 		p.free("response", &m.ResponseJson, required)
@@ -122,6 +128,19 @@ func (p *pass) payload(e *Envelope) {
 		p.maybeFlag("recoverable", &m.Recoverable, required)
 		p.text("code", &m.Code, 0)
 		p.unknown(&m.unknownFields, m)
+	}
+}
+
+// promptOptions checks the answers that a question allows.
+func (p *pass) promptOptions(options []string) {
+	if len(options) > MaxPromptOptions {
+		p.refuse("The field 'options' has %d answers; at most %d are allowed.", len(options), MaxPromptOptions)
+	}
+	for _, o := range options {
+		if o == "" || len(o) > MaxPromptOptionBytes {
+			p.refuse("The field 'options' has an answer of %d bytes; each must have 1 to %d.", len(o), MaxPromptOptionBytes)
+			return
+		}
 	}
 }
 

@@ -93,6 +93,8 @@ type Frame struct {
 	Count uint32 `protobuf:"varint,7,opt,name=count,proto3" json:"count,omitempty"`
 	// Set in the frame that ends a history: the session was deleted. It carries no envelopes.
 	Deleted bool `protobuf:"varint,8,opt,name=deleted,proto3" json:"deleted,omitempty"`
+	// Whether the session ends with its run. In the first frame of a history only; unspecified there means chat. A SessionCreated in the frame goes before it.
+	Kind SessionKind `protobuf:"varint,9,opt,name=kind,proto3,enum=tidemark.v1.SessionKind" json:"kind,omitempty"`
 	// The same field number as Events.envelopes: the bytes of this field go from disk to socket as they are.
 	Envelopes     []*Envelope `protobuf:"bytes,15,rep,name=envelopes,proto3" json:"envelopes,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -183,6 +185,13 @@ func (x *Frame) GetDeleted() bool {
 		return x.Deleted
 	}
 	return false
+}
+
+func (x *Frame) GetKind() SessionKind {
+	if x != nil {
+		return x.Kind
+	}
+	return SessionKind_SESSION_KIND_UNSPECIFIED
 }
 
 func (x *Frame) GetEnvelopes() []*Envelope {
@@ -350,8 +359,12 @@ type SessionState struct {
 	MetadataJson string `protobuf:"bytes,11,opt,name=metadata_json,json=metadataJson,proto3" json:"metadata_json,omitempty"`
 	// There were more producers than are listed; one that is not is looked up in the log.
 	ProducersForgotten bool `protobuf:"varint,12,opt,name=producers_forgotten,json=producersForgotten,proto3" json:"producers_forgotten,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// The answers that the open question allows; empty where any is.
+	PromptOptions []string `protobuf:"bytes,13,rep,name=prompt_options,json=promptOptions,proto3" json:"prompt_options,omitempty"`
+	// When the last frame was stored that holds a WorkflowProgress.
+	Progressed    *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=progressed,proto3" json:"progressed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SessionState) Reset() {
@@ -466,6 +479,20 @@ func (x *SessionState) GetProducersForgotten() bool {
 		return x.ProducersForgotten
 	}
 	return false
+}
+
+func (x *SessionState) GetPromptOptions() []string {
+	if x != nil {
+		return x.PromptOptions
+	}
+	return nil
+}
+
+func (x *SessionState) GetProgressed() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Progressed
+	}
+	return nil
 }
 
 // ProducerState is how far a producer has come in a session.
@@ -855,9 +882,11 @@ func (x *HandOver) GetRequests() []*HandOverRequest {
 
 // HandOverRequest is one publish request handed over.
 type HandOverRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ExpectedSeq   *uint64                `protobuf:"varint,1,opt,name=expected_seq,json=expectedSeq,proto3,oneof" json:"expected_seq,omitempty"`
-	Envelopes     []*Envelope            `protobuf:"bytes,15,rep,name=envelopes,proto3" json:"envelopes,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ExpectedSeq *uint64                `protobuf:"varint,1,opt,name=expected_seq,json=expectedSeq,proto3,oneof" json:"expected_seq,omitempty"`
+	// What the session becomes where this is its first publish.
+	Kind          SessionKind `protobuf:"varint,2,opt,name=kind,proto3,enum=tidemark.v1.SessionKind" json:"kind,omitempty"`
+	Envelopes     []*Envelope `protobuf:"bytes,15,rep,name=envelopes,proto3" json:"envelopes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -897,6 +926,13 @@ func (x *HandOverRequest) GetExpectedSeq() uint64 {
 		return *x.ExpectedSeq
 	}
 	return 0
+}
+
+func (x *HandOverRequest) GetKind() SessionKind {
+	if x != nil {
+		return x.Kind
+	}
+	return SessionKind_SESSION_KIND_UNSPECIFIED
 }
 
 func (x *HandOverRequest) GetEnvelopes() []*Envelope {
@@ -1066,7 +1102,7 @@ var File_tidemark_v1_frame_proto protoreflect.FileDescriptor
 
 const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\n" +
-	"\x17tidemark/v1/frame.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidemark/v1/envelope.proto\x1a\x16tidemark/v1/wire.proto\"\x87\x02\n" +
+	"\x17tidemark/v1/frame.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidemark/v1/envelope.proto\x1a\x16tidemark/v1/wire.proto\"\xb5\x02\n" +
 	"\x05Frame\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x12.\n" +
@@ -1075,7 +1111,8 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\x02id\x18\x05 \x01(\tR\x02id\x12\x12\n" +
 	"\x04prev\x18\x06 \x01(\x04R\x04prev\x12\x14\n" +
 	"\x05count\x18\a \x01(\rR\x05count\x12\x18\n" +
-	"\adeleted\x18\b \x01(\bR\adeleted\x123\n" +
+	"\adeleted\x18\b \x01(\bR\adeleted\x12,\n" +
+	"\x04kind\x18\t \x01(\x0e2\x18.tidemark.v1.SessionKindR\x04kind\x123\n" +
 	"\tenvelopes\x18\x0f \x03(\v2\x15.tidemark.v1.EnvelopeR\tenvelopes\"\xd7\x02\n" +
 	"\x04Page\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1b\n" +
@@ -1089,7 +1126,7 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\braw_size\x18\t \x01(\rR\arawSize\x12\x18\n" +
 	"\adeleted\x18\n" +
 	" \x01(\bR\adeleted\x12\x16\n" +
-	"\x06frames\x18\v \x03(\x12R\x06frames\"\xeb\x03\n" +
+	"\x06frames\x18\v \x03(\x12R\x06frames\"\xce\x04\n" +
 	"\fSessionState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x19\n" +
 	"\bhead_seq\x18\x02 \x01(\x04R\aheadSeq\x12\x1d\n" +
@@ -1105,7 +1142,11 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\aupdated\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\aupdated\x12#\n" +
 	"\rmetadata_json\x18\v \x01(\tR\fmetadataJson\x12/\n" +
-	"\x13producers_forgotten\x18\f \x01(\bR\x12producersForgotten\"~\n" +
+	"\x13producers_forgotten\x18\f \x01(\bR\x12producersForgotten\x12%\n" +
+	"\x0eprompt_options\x18\r \x03(\tR\rpromptOptions\x12:\n" +
+	"\n" +
+	"progressed\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"progressed\"~\n" +
 	"\rProducerState\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x19\n" +
@@ -1137,9 +1178,10 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\n" +
 	"base_epoch\x18\x03 \x01(\tR\tbaseEpoch\x12\x19\n" +
 	"\bbase_seq\x18\x04 \x01(\x04R\abaseSeq\x128\n" +
-	"\brequests\x18\x05 \x03(\v2\x1c.tidemark.v1.HandOverRequestR\brequests\"\x7f\n" +
+	"\brequests\x18\x05 \x03(\v2\x1c.tidemark.v1.HandOverRequestR\brequests\"\xad\x01\n" +
 	"\x0fHandOverRequest\x12&\n" +
-	"\fexpected_seq\x18\x01 \x01(\x04H\x00R\vexpectedSeq\x88\x01\x01\x123\n" +
+	"\fexpected_seq\x18\x01 \x01(\x04H\x00R\vexpectedSeq\x88\x01\x01\x12,\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x18.tidemark.v1.SessionKindR\x04kind\x123\n" +
 	"\tenvelopes\x18\x0f \x03(\v2\x15.tidemark.v1.EnvelopeR\tenvelopesB\x0f\n" +
 	"\r_expected_seq\"`\n" +
 	"\rHandOverReply\x125\n" +
@@ -1187,35 +1229,38 @@ var file_tidemark_v1_frame_proto_goTypes = []any{
 	(*HandOverReply)(nil),         // 10: tidemark.v1.HandOverReply
 	(*HandOverResult)(nil),        // 11: tidemark.v1.HandOverResult
 	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
-	(*Envelope)(nil),              // 13: tidemark.v1.Envelope
-	(SessionKind)(0),              // 14: tidemark.v1.SessionKind
+	(SessionKind)(0),              // 13: tidemark.v1.SessionKind
+	(*Envelope)(nil),              // 14: tidemark.v1.Envelope
 	(Status)(0),                   // 15: tidemark.v1.Status
 	(Code)(0),                     // 16: tidemark.v1.Code
 }
 var file_tidemark_v1_frame_proto_depIdxs = []int32{
 	12, // 0: tidemark.v1.Frame.time:type_name -> google.protobuf.Timestamp
-	13, // 1: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
-	3,  // 2: tidemark.v1.Page.state:type_name -> tidemark.v1.SessionState
-	0,  // 3: tidemark.v1.Page.compression:type_name -> tidemark.v1.Compression
-	14, // 4: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
-	15, // 5: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
-	4,  // 6: tidemark.v1.SessionState.producers:type_name -> tidemark.v1.ProducerState
-	12, // 7: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
-	12, // 8: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
-	5,  // 9: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
-	14, // 10: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
-	15, // 11: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
-	12, // 12: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
-	12, // 13: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
-	9,  // 14: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
-	13, // 15: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
-	11, // 16: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
-	16, // 17: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
-	18, // [18:18] is the sub-list for method output_type
-	18, // [18:18] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	13, // 1: tidemark.v1.Frame.kind:type_name -> tidemark.v1.SessionKind
+	14, // 2: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
+	3,  // 3: tidemark.v1.Page.state:type_name -> tidemark.v1.SessionState
+	0,  // 4: tidemark.v1.Page.compression:type_name -> tidemark.v1.Compression
+	13, // 5: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
+	15, // 6: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
+	4,  // 7: tidemark.v1.SessionState.producers:type_name -> tidemark.v1.ProducerState
+	12, // 8: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
+	12, // 9: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
+	12, // 10: tidemark.v1.SessionState.progressed:type_name -> google.protobuf.Timestamp
+	5,  // 11: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
+	13, // 12: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
+	15, // 13: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
+	12, // 14: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
+	12, // 15: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
+	9,  // 16: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
+	13, // 17: tidemark.v1.HandOverRequest.kind:type_name -> tidemark.v1.SessionKind
+	14, // 18: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
+	11, // 19: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
+	16, // 20: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
+	21, // [21:21] is the sub-list for method output_type
+	21, // [21:21] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_frame_proto_init() }

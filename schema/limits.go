@@ -19,6 +19,11 @@ const (
 	MaxAttachTypes = 32
 	// MaxAttachedSessions bounds the sessions that one connection follows.
 	MaxAttachedSessions = 1000
+	// MaxPromptOptions and MaxPromptOptionBytes bound the answers that a question allows; a session's state keeps those of the open one.
+	MaxPromptOptions     = 100
+	MaxPromptOptionBytes = 1000
+	// MaxSessionMetadataBytes bounds what an application keeps with a session; it is in every page and in the registry.
+	MaxSessionMetadataBytes = 64 << 10
 	// PageEnvelopes is how many envelopes a page holds: slot k has the seqs 256k+1 … 256k+256.
 	PageEnvelopes = 256
 )

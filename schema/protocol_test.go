@@ -63,7 +63,7 @@ func TestProtocolCodes(t *testing.T) {
 }
 
 func TestProtocolLimits(t *testing.T) {
-	limits := []int{MaxNameBytes, MaxEnvelopeBytes, MaxFrameBytes, MaxPublishEnvelopes, MaxIDBytes, MaxProducerIDBytes, MaxAttachTypes, MaxAttachedSessions}
+	limits := []int{MaxNameBytes, MaxEnvelopeBytes, MaxFrameBytes, MaxPublishEnvelopes, MaxIDBytes, MaxProducerIDBytes, MaxAttachTypes, MaxAttachedSessions, MaxPromptOptions, MaxPromptOptionBytes, MaxSessionMetadataBytes}
 	rows := protocolTables(t)["Limits"][1:]
 	if len(rows) != len(limits) {
 		t.Fatalf("PROTOCOL.md has %d limits, the code %d", len(rows), len(limits))

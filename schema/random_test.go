@@ -101,7 +101,7 @@ func randomField(t *rapid.T, m protoreflect.Message, f protoreflect.FieldDescrip
 	name := string(f.Name())
 	if f.IsList() {
 		list := m.Mutable(f).List()
-		for _, s := range rapid.SliceOfN(rapid.String(), 0, 5).Draw(t, name) {
+		for _, s := range rapid.SliceOfN(randomText(1, MaxPromptOptionBytes), 0, 5).Draw(t, name) {
 			list.Append(protoreflect.ValueOfString(s))
 		}
 		return

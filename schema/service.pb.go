@@ -607,12 +607,14 @@ func (x *AppendRequest) GetEnvelopes() []*Envelope {
 
 // AppendResponse is the place that the envelopes got.
 type AppendResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	FirstSeq      uint64                 `protobuf:"varint,1,opt,name=first_seq,json=firstSeq,proto3" json:"first_seq,omitempty"`
-	LastSeq       uint64                 `protobuf:"varint,2,opt,name=last_seq,json=lastSeq,proto3" json:"last_seq,omitempty"`
-	Duplicate     bool                   `protobuf:"varint,3,opt,name=duplicate,proto3" json:"duplicate,omitempty"`
-	Epoch         string                 `protobuf:"bytes,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Durability    Durability             `protobuf:"varint,5,opt,name=durability,proto3,enum=tidemark.v1.Durability" json:"durability,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	FirstSeq   uint64                 `protobuf:"varint,1,opt,name=first_seq,json=firstSeq,proto3" json:"first_seq,omitempty"`
+	LastSeq    uint64                 `protobuf:"varint,2,opt,name=last_seq,json=lastSeq,proto3" json:"last_seq,omitempty"`
+	Duplicate  bool                   `protobuf:"varint,3,opt,name=duplicate,proto3" json:"duplicate,omitempty"`
+	Epoch      string                 `protobuf:"bytes,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Durability Durability             `protobuf:"varint,5,opt,name=durability,proto3,enum=tidemark.v1.Durability" json:"durability,omitempty"`
+	// It was a workflow_progress, and a newer one took its place before it was stored; the seq is the newer one's.
+	Replaced      bool `protobuf:"varint,6,opt,name=replaced,proto3" json:"replaced,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -682,6 +684,13 @@ func (x *AppendResponse) GetDurability() Durability {
 	return Durability_DURABILITY_UNSPECIFIED
 }
 
+func (x *AppendResponse) GetReplaced() bool {
+	if x != nil {
+		return x.Replaced
+	}
+	return false
+}
+
 var File_tidemark_v1_service_proto protoreflect.FileDescriptor
 
 const file_tidemark_v1_service_proto_rawDesc = "" +
@@ -723,7 +732,7 @@ const file_tidemark_v1_service_proto_rawDesc = "" +
 	"\asession\x18\x01 \x01(\tR\asession\x12&\n" +
 	"\fexpected_seq\x18\x02 \x01(\x04H\x00R\vexpectedSeq\x88\x01\x01\x123\n" +
 	"\tenvelopes\x18\x0f \x03(\v2\x15.tidemark.v1.EnvelopeR\tenvelopesB\x0f\n" +
-	"\r_expected_seq\"\xb5\x01\n" +
+	"\r_expected_seq\"\xd1\x01\n" +
 	"\x0eAppendResponse\x12\x1b\n" +
 	"\tfirst_seq\x18\x01 \x01(\x04R\bfirstSeq\x12\x19\n" +
 	"\blast_seq\x18\x02 \x01(\x04R\alastSeq\x12\x1c\n" +
@@ -731,7 +740,8 @@ const file_tidemark_v1_service_proto_rawDesc = "" +
 	"\x05epoch\x18\x04 \x01(\tR\x05epoch\x127\n" +
 	"\n" +
 	"durability\x18\x05 \x01(\x0e2\x17.tidemark.v1.DurabilityR\n" +
-	"durability2\xe9\x04\n" +
+	"durability\x12\x1a\n" +
+	"\breplaced\x18\x06 \x01(\bR\breplaced2\xe9\x04\n" +
 	"\x0eSessionService\x12V\n" +
 	"\rCreateSession\x12!.tidemark.v1.CreateSessionRequest\x1a\".tidemark.v1.CreateSessionResponse\x12M\n" +
 	"\n" +

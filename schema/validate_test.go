@@ -246,11 +246,8 @@ func TestValidateSize(t *testing.T) {
 	text := func(n int) *Envelope {
 		return &Envelope{Payload: &Envelope_System{System: &System{Message: strings.Repeat("x", n)}}}
 	}
-	options := func(n int) *Envelope {
-		return &Envelope{Payload: &Envelope_WaitingForInput{WaitingForInput: &WaitingForInput{Prompt: "p", Options: make([]string, n)}}}
-	}
 	unknown := func(n int) *Envelope { return unknownFields(text(1), 100, strings.Repeat("x", n)) }
-	for name, make := range map[string]func(int) *Envelope{"text": text, "options": options, "unknown": unknown} {
+	for name, make := range map[string]func(int) *Envelope{"text": text, "unknown": unknown} {
 		// The largest that is allowed.
 		n := 1
 		for step := MaxEnvelopeBytes; step > 0; step /= 2 {
@@ -264,6 +261,37 @@ func TestValidateSize(t *testing.T) {
 		if err := make(n + 1).Validate(); CodeOf(err) != Code_CODE_TOO_LARGE {
 			t.Errorf("%s: %d bytes: %v", name, proto.Size(make(n+1)), err)
 		}
+	}
+}
+
+func TestValidateBoundsInside(t *testing.T) {
+	t.Parallel()
+	options := func(n, size int) *Envelope {
+		all := slices.Repeat([]string{strings.Repeat("x", size)}, n)
+		return &Envelope{Payload: &Envelope_WaitingForInput{WaitingForInput: &WaitingForInput{Prompt: "p", Options: all}}}
+	}
+	metadata := func(n int) *Envelope {
+		return &Envelope{Payload: &Envelope_SessionCreated{SessionCreated: &SessionCreated{MetadataJson: "{" + strings.Repeat(" ", n-2) + "}"}}}
+	}
+	for name, row := range map[string]struct {
+		e        *Envelope
+		sentence string
+	}{
+		"most options":       {options(100, 1000), ""},
+		"too many options":   {options(101, 1), "The field 'options' has 101 answers; at most 100 are allowed."},
+		"an option too long": {options(1, 1001), "The field 'options' has an answer of 1001 bytes; each must have 1 to 1000."},
+		"an empty option":    {options(1, 0), "The field 'options' has an answer of 0 bytes; each must have 1 to 1000."},
+		"most metadata":      {metadata(64 << 10), ""},
+		"too much metadata":  {metadata(64<<10 + 1), "The field 'metadata' has 65537 bytes; at most 65536 are allowed."},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			code := Code(0)
+			if row.sentence != "" {
+				code = Code_CODE_INVALID_MESSAGE
+			}
+			wantRefusal(t, row.e.Validate(), code, row.sentence)
+		})
 	}
 }
 

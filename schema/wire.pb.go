@@ -165,6 +165,15 @@ const (
 	Code_CODE_GOING_AWAY           Code = 18
 	Code_CODE_PEER_DEAD            Code = 19
 	Code_CODE_INTERNAL             Code = 20
+	Code_CODE_SESSION_ENDED        Code = 21
+	Code_CODE_NOT_WAITING          Code = 22
+	Code_CODE_INVALID_RESPONSE     Code = 23
+	Code_CODE_INVALID_TRANSITION   Code = 24
+	Code_CODE_RATE_EXCEEDED        Code = 25
+	Code_CODE_TOKEN_EXPIRED        Code = 26
+	Code_CODE_TOO_MANY_CONNECTIONS Code = 27
+	Code_CODE_TOO_MANY_SESSIONS    Code = 28
+	Code_CODE_ORIGIN_NOT_ALLOWED   Code = 29
 )
 
 // Enum value maps for Code.
@@ -191,6 +200,15 @@ var (
 		18: "CODE_GOING_AWAY",
 		19: "CODE_PEER_DEAD",
 		20: "CODE_INTERNAL",
+		21: "CODE_SESSION_ENDED",
+		22: "CODE_NOT_WAITING",
+		23: "CODE_INVALID_RESPONSE",
+		24: "CODE_INVALID_TRANSITION",
+		25: "CODE_RATE_EXCEEDED",
+		26: "CODE_TOKEN_EXPIRED",
+		27: "CODE_TOO_MANY_CONNECTIONS",
+		28: "CODE_TOO_MANY_SESSIONS",
+		29: "CODE_ORIGIN_NOT_ALLOWED",
 	}
 	Code_value = map[string]int32{
 		"CODE_UNSPECIFIED":          0,
@@ -214,6 +232,15 @@ var (
 		"CODE_GOING_AWAY":           18,
 		"CODE_PEER_DEAD":            19,
 		"CODE_INTERNAL":             20,
+		"CODE_SESSION_ENDED":        21,
+		"CODE_NOT_WAITING":          22,
+		"CODE_INVALID_RESPONSE":     23,
+		"CODE_INVALID_TRANSITION":   24,
+		"CODE_RATE_EXCEEDED":        25,
+		"CODE_TOKEN_EXPIRED":        26,
+		"CODE_TOO_MANY_CONNECTIONS": 27,
+		"CODE_TOO_MANY_SESSIONS":    28,
+		"CODE_ORIGIN_NOT_ALLOWED":   29,
 	}
 )
 
@@ -254,6 +281,7 @@ type ClientFrame struct {
 	//	*ClientFrame_Attach
 	//	*ClientFrame_Detach
 	//	*ClientFrame_Ping
+	//	*ClientFrame_Refresh
 	Frame         isClientFrame_Frame `protobuf_oneof:"frame"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -341,6 +369,15 @@ func (x *ClientFrame) GetPing() *Ping {
 	return nil
 }
 
+func (x *ClientFrame) GetRefresh() *Refresh {
+	if x != nil {
+		if x, ok := x.Frame.(*ClientFrame_Refresh); ok {
+			return x.Refresh
+		}
+	}
+	return nil
+}
+
 type isClientFrame_Frame interface {
 	isClientFrame_Frame()
 }
@@ -366,6 +403,10 @@ type ClientFrame_Ping struct {
 	Ping *Ping `protobuf:"bytes,5,opt,name=ping,proto3,oneof"`
 }
 
+type ClientFrame_Refresh struct {
+	Refresh *Refresh `protobuf:"bytes,6,opt,name=refresh,proto3,oneof"`
+}
+
 func (*ClientFrame_Publish) isClientFrame_Frame() {}
 
 func (*ClientFrame_Hello) isClientFrame_Frame() {}
@@ -375,6 +416,8 @@ func (*ClientFrame_Attach) isClientFrame_Frame() {}
 func (*ClientFrame_Detach) isClientFrame_Frame() {}
 
 func (*ClientFrame_Ping) isClientFrame_Frame() {}
+
+func (*ClientFrame_Refresh) isClientFrame_Frame() {}
 
 // ServerFrame is one message of an edge.
 type ServerFrame struct {
@@ -392,6 +435,7 @@ type ServerFrame struct {
 	//	*ServerFrame_Error
 	//	*ServerFrame_GoingAway
 	//	*ServerFrame_Pong
+	//	*ServerFrame_Refreshed
 	Frame         isServerFrame_Frame `protobuf_oneof:"frame"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -533,6 +577,15 @@ func (x *ServerFrame) GetPong() *Pong {
 	return nil
 }
 
+func (x *ServerFrame) GetRefreshed() *Refreshed {
+	if x != nil {
+		if x, ok := x.Frame.(*ServerFrame_Refreshed); ok {
+			return x.Refreshed
+		}
+	}
+	return nil
+}
+
 type isServerFrame_Frame interface {
 	isServerFrame_Frame()
 }
@@ -581,6 +634,10 @@ type ServerFrame_Pong struct {
 	Pong *Pong `protobuf:"bytes,11,opt,name=pong,proto3,oneof"`
 }
 
+type ServerFrame_Refreshed struct {
+	Refreshed *Refreshed `protobuf:"bytes,12,opt,name=refreshed,proto3,oneof"`
+}
+
 func (*ServerFrame_Events) isServerFrame_Frame() {}
 
 func (*ServerFrame_Published) isServerFrame_Frame() {}
@@ -602,6 +659,8 @@ func (*ServerFrame_Error) isServerFrame_Frame() {}
 func (*ServerFrame_GoingAway) isServerFrame_Frame() {}
 
 func (*ServerFrame_Pong) isServerFrame_Frame() {}
+
+func (*ServerFrame_Refreshed) isServerFrame_Frame() {}
 
 // Hello may open a connection: it carries the token where the transport could not.
 type Hello struct {
@@ -658,6 +717,98 @@ func (x *Hello) GetClient() string {
 	return ""
 }
 
+// Refresh brings a new token before the connection's expires: of the same subject, tenant and role. Otherwise the connection ends.
+type Refresh struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A JWT.
+	Token         string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Refresh) Reset() {
+	*x = Refresh{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Refresh) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Refresh) ProtoMessage() {}
+
+func (x *Refresh) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Refresh.ProtoReflect.Descriptor instead.
+func (*Refresh) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Refresh) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+// Refreshed answers Refresh. Attachments to sessions that the new token gives no access to end with forbidden.
+type Refreshed struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// When the new token expires.
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=expires,proto3" json:"expires,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Refreshed) Reset() {
+	*x = Refreshed{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Refreshed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Refreshed) ProtoMessage() {}
+
+func (x *Refreshed) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Refreshed.ProtoReflect.Descriptor instead.
+func (*Refreshed) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Refreshed) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
 // Welcome answers Hello.
 type Welcome struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -669,15 +820,17 @@ type Welcome struct {
 	Durability Durability `protobuf:"varint,3,opt,name=durability,proto3,enum=tidemark.v1.Durability" json:"durability,omitempty"`
 	Limits     *Limits    `protobuf:"bytes,4,opt,name=limits,proto3" json:"limits,omitempty"`
 	// Who the edge takes the client for.
-	Principal     *Source `protobuf:"bytes,5,opt,name=principal,proto3" json:"principal,omitempty"`
-	Tenant        string  `protobuf:"bytes,6,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Principal *Source `protobuf:"bytes,5,opt,name=principal,proto3" json:"principal,omitempty"`
+	Tenant    string  `protobuf:"bytes,6,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	// When the connection's token expires; the connection ends then with token_expired, unless refresh came before.
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=expires,proto3" json:"expires,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[3]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -689,7 +842,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[3]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -702,7 +855,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{3}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Welcome) GetEdge() string {
@@ -747,6 +900,13 @@ func (x *Welcome) GetTenant() string {
 	return ""
 }
 
+func (x *Welcome) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
 // Limits are the bounds of a connection.
 type Limits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -758,13 +918,21 @@ type Limits struct {
 	MaxAttachedSessions uint32 `protobuf:"varint,3,opt,name=max_attached_sessions,json=maxAttachedSessions,proto3" json:"max_attached_sessions,omitempty"`
 	// The largest frame of a client, in bytes.
 	MaxFrameBytes uint32 `protobuf:"varint,4,opt,name=max_frame_bytes,json=maxFrameBytes,proto3" json:"max_frame_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// How many envelopes a second the client may publish in the long run; 0: as many as it can.
+	EnvelopesPerSecond float64 `protobuf:"fixed64,5,opt,name=envelopes_per_second,json=envelopesPerSecond,proto3" json:"envelopes_per_second,omitempty"`
+	// How many it may publish at once after a pause.
+	BurstEnvelopes uint32 `protobuf:"varint,6,opt,name=burst_envelopes,json=burstEnvelopes,proto3" json:"burst_envelopes,omitempty"`
+	// How many connections of one user may follow one session at once, over all edges; 0: any number.
+	MaxConnectionsPerSession uint32 `protobuf:"varint,7,opt,name=max_connections_per_session,json=maxConnectionsPerSession,proto3" json:"max_connections_per_session,omitempty"`
+	// How many bytes of publishes may be unanswered before the edge reads no further.
+	MaxInFlightBytes uint32 `protobuf:"varint,8,opt,name=max_in_flight_bytes,json=maxInFlightBytes,proto3" json:"max_in_flight_bytes,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[4]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -776,7 +944,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[4]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -789,7 +957,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{4}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Limits) GetMaxEnvelopeBytes() uint32 {
@@ -816,6 +984,34 @@ func (x *Limits) GetMaxAttachedSessions() uint32 {
 func (x *Limits) GetMaxFrameBytes() uint32 {
 	if x != nil {
 		return x.MaxFrameBytes
+	}
+	return 0
+}
+
+func (x *Limits) GetEnvelopesPerSecond() float64 {
+	if x != nil {
+		return x.EnvelopesPerSecond
+	}
+	return 0
+}
+
+func (x *Limits) GetBurstEnvelopes() uint32 {
+	if x != nil {
+		return x.BurstEnvelopes
+	}
+	return 0
+}
+
+func (x *Limits) GetMaxConnectionsPerSession() uint32 {
+	if x != nil {
+		return x.MaxConnectionsPerSession
+	}
+	return 0
+}
+
+func (x *Limits) GetMaxInFlightBytes() uint32 {
+	if x != nil {
+		return x.MaxInFlightBytes
 	}
 	return 0
 }
@@ -850,7 +1046,7 @@ type Attach struct {
 
 func (x *Attach) Reset() {
 	*x = Attach{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[5]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -862,7 +1058,7 @@ func (x *Attach) String() string {
 func (*Attach) ProtoMessage() {}
 
 func (x *Attach) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[5]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -875,7 +1071,7 @@ func (x *Attach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attach.ProtoReflect.Descriptor instead.
 func (*Attach) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{5}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Attach) GetChannel() uint32 {
@@ -1015,7 +1211,7 @@ type Attached struct {
 
 func (x *Attached) Reset() {
 	*x = Attached{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[6]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1027,7 +1223,7 @@ func (x *Attached) String() string {
 func (*Attached) ProtoMessage() {}
 
 func (x *Attached) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[6]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1040,7 +1236,7 @@ func (x *Attached) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attached.ProtoReflect.Descriptor instead.
 func (*Attached) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{6}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Attached) GetChannel() uint32 {
@@ -1102,7 +1298,7 @@ type Detach struct {
 
 func (x *Detach) Reset() {
 	*x = Detach{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[7]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1114,7 +1310,7 @@ func (x *Detach) String() string {
 func (*Detach) ProtoMessage() {}
 
 func (x *Detach) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[7]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1127,7 +1323,7 @@ func (x *Detach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Detach.ProtoReflect.Descriptor instead.
 func (*Detach) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{7}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Detach) GetChannel() uint32 {
@@ -1149,7 +1345,7 @@ type Detached struct {
 
 func (x *Detached) Reset() {
 	*x = Detached{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[8]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1357,7 @@ func (x *Detached) String() string {
 func (*Detached) ProtoMessage() {}
 
 func (x *Detached) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[8]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1370,7 @@ func (x *Detached) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Detached.ProtoReflect.Descriptor instead.
 func (*Detached) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{8}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Detached) GetChannel() uint32 {
@@ -1210,7 +1406,7 @@ type Publish struct {
 
 func (x *Publish) Reset() {
 	*x = Publish{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[9]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1222,7 +1418,7 @@ func (x *Publish) String() string {
 func (*Publish) ProtoMessage() {}
 
 func (x *Publish) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[9]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1235,7 +1431,7 @@ func (x *Publish) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Publish.ProtoReflect.Descriptor instead.
 func (*Publish) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{9}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Publish) GetPublishId() uint64 {
@@ -1284,7 +1480,7 @@ type Published struct {
 
 func (x *Published) Reset() {
 	*x = Published{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[10]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1296,7 +1492,7 @@ func (x *Published) String() string {
 func (*Published) ProtoMessage() {}
 
 func (x *Published) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[10]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1309,7 +1505,7 @@ func (x *Published) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Published.ProtoReflect.Descriptor instead.
 func (*Published) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{10}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Published) GetDurability() Durability {
@@ -1335,14 +1531,16 @@ type Ack struct {
 	// It was stored before, by an earlier try.
 	Duplicate bool `protobuf:"varint,4,opt,name=duplicate,proto3" json:"duplicate,omitempty"`
 	// The session's history. Left out where it is the same as in this connection's last Ack for the session.
-	Epoch         string `protobuf:"bytes,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Epoch string `protobuf:"bytes,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// It was a workflow_progress, and a newer one took its place before it was stored; the seq is the newer one's.
+	Replaced      bool `protobuf:"varint,6,opt,name=replaced,proto3" json:"replaced,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[11]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1354,7 +1552,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[11]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1367,7 +1565,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{11}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Ack) GetPublishId() uint64 {
@@ -1405,6 +1603,13 @@ func (x *Ack) GetEpoch() string {
 	return ""
 }
 
+func (x *Ack) GetReplaced() bool {
+	if x != nil {
+		return x.Replaced
+	}
+	return false
+}
+
 // Rejected says that a publish was not stored. The connection goes on.
 type Rejected struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -1424,7 +1629,7 @@ type Rejected struct {
 
 func (x *Rejected) Reset() {
 	*x = Rejected{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[12]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1436,7 +1641,7 @@ func (x *Rejected) String() string {
 func (*Rejected) ProtoMessage() {}
 
 func (x *Rejected) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[12]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1449,7 +1654,7 @@ func (x *Rejected) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rejected.ProtoReflect.Descriptor instead.
 func (*Rejected) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{12}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Rejected) GetPublishId() uint64 {
@@ -1509,7 +1714,7 @@ type Events struct {
 
 func (x *Events) Reset() {
 	*x = Events{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[13]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1521,7 +1726,7 @@ func (x *Events) String() string {
 func (*Events) ProtoMessage() {}
 
 func (x *Events) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[13]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1534,7 +1739,7 @@ func (x *Events) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Events.ProtoReflect.Descriptor instead.
 func (*Events) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{13}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Events) GetChannel() uint32 {
@@ -1576,7 +1781,7 @@ type CaughtUp struct {
 
 func (x *CaughtUp) Reset() {
 	*x = CaughtUp{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[14]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1588,7 +1793,7 @@ func (x *CaughtUp) String() string {
 func (*CaughtUp) ProtoMessage() {}
 
 func (x *CaughtUp) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[14]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1601,7 +1806,7 @@ func (x *CaughtUp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CaughtUp.ProtoReflect.Descriptor instead.
 func (*CaughtUp) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{14}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CaughtUp) GetChannel() uint32 {
@@ -1632,7 +1837,7 @@ type Truncated struct {
 
 func (x *Truncated) Reset() {
 	*x = Truncated{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[15]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1644,7 +1849,7 @@ func (x *Truncated) String() string {
 func (*Truncated) ProtoMessage() {}
 
 func (x *Truncated) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[15]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1657,7 +1862,7 @@ func (x *Truncated) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Truncated.ProtoReflect.Descriptor instead.
 func (*Truncated) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{15}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Truncated) GetChannel() uint32 {
@@ -1691,7 +1896,7 @@ type Ping struct {
 
 func (x *Ping) Reset() {
 	*x = Ping{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[16]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1703,7 +1908,7 @@ func (x *Ping) String() string {
 func (*Ping) ProtoMessage() {}
 
 func (x *Ping) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[16]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1716,7 +1921,7 @@ func (x *Ping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ping.ProtoReflect.Descriptor instead.
 func (*Ping) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{16}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Ping) GetData() []byte {
@@ -1736,7 +1941,7 @@ type Pong struct {
 
 func (x *Pong) Reset() {
 	*x = Pong{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[17]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1748,7 +1953,7 @@ func (x *Pong) String() string {
 func (*Pong) ProtoMessage() {}
 
 func (x *Pong) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[17]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1761,7 +1966,7 @@ func (x *Pong) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pong.ProtoReflect.Descriptor instead.
 func (*Pong) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{17}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Pong) GetData() []byte {
@@ -1784,7 +1989,7 @@ type GoingAway struct {
 
 func (x *GoingAway) Reset() {
 	*x = GoingAway{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[18]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1796,7 +2001,7 @@ func (x *GoingAway) String() string {
 func (*GoingAway) ProtoMessage() {}
 
 func (x *GoingAway) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[18]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1809,7 +2014,7 @@ func (x *GoingAway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GoingAway.ProtoReflect.Descriptor instead.
 func (*GoingAway) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{18}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GoingAway) GetReason() string {
@@ -1845,7 +2050,7 @@ type ErrorFrame struct {
 
 func (x *ErrorFrame) Reset() {
 	*x = ErrorFrame{}
-	mi := &file_tidemark_v1_wire_proto_msgTypes[19]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1857,7 +2062,7 @@ func (x *ErrorFrame) String() string {
 func (*ErrorFrame) ProtoMessage() {}
 
 func (x *ErrorFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_wire_proto_msgTypes[19]
+	mi := &file_tidemark_v1_wire_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1870,7 +2075,7 @@ func (x *ErrorFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorFrame.ProtoReflect.Descriptor instead.
 func (*ErrorFrame) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{19}
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ErrorFrame) GetCode() Code {
@@ -1926,14 +2131,15 @@ var File_tidemark_v1_wire_proto protoreflect.FileDescriptor
 
 const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\n" +
-	"\x16tidemark/v1/wire.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidemark/v1/envelope.proto\"\xfb\x01\n" +
+	"\x16tidemark/v1/wire.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidemark/v1/envelope.proto\"\xad\x02\n" +
 	"\vClientFrame\x120\n" +
 	"\apublish\x18\x01 \x01(\v2\x14.tidemark.v1.PublishH\x00R\apublish\x12*\n" +
 	"\x05hello\x18\x02 \x01(\v2\x12.tidemark.v1.HelloH\x00R\x05hello\x12-\n" +
 	"\x06attach\x18\x03 \x01(\v2\x13.tidemark.v1.AttachH\x00R\x06attach\x12-\n" +
 	"\x06detach\x18\x04 \x01(\v2\x13.tidemark.v1.DetachH\x00R\x06detach\x12'\n" +
-	"\x04ping\x18\x05 \x01(\v2\x11.tidemark.v1.PingH\x00R\x04pingB\a\n" +
-	"\x05frame\"\xcf\x04\n" +
+	"\x04ping\x18\x05 \x01(\v2\x11.tidemark.v1.PingH\x00R\x04ping\x120\n" +
+	"\arefresh\x18\x06 \x01(\v2\x14.tidemark.v1.RefreshH\x00R\arefreshB\a\n" +
+	"\x05frame\"\x87\x05\n" +
 	"\vServerFrame\x12-\n" +
 	"\x06events\x18\x01 \x01(\v2\x13.tidemark.v1.EventsH\x00R\x06events\x126\n" +
 	"\tpublished\x18\x02 \x01(\v2\x16.tidemark.v1.PublishedH\x00R\tpublished\x123\n" +
@@ -1947,11 +2153,16 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\n" +
 	"going_away\x18\n" +
 	" \x01(\v2\x16.tidemark.v1.GoingAwayH\x00R\tgoingAway\x12'\n" +
-	"\x04pong\x18\v \x01(\v2\x11.tidemark.v1.PongH\x00R\x04pongB\a\n" +
+	"\x04pong\x18\v \x01(\v2\x11.tidemark.v1.PongH\x00R\x04pong\x126\n" +
+	"\trefreshed\x18\f \x01(\v2\x16.tidemark.v1.RefreshedH\x00R\trefreshedB\a\n" +
 	"\x05frame\"5\n" +
 	"\x05Hello\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x16\n" +
-	"\x06client\x18\x02 \x01(\tR\x06client\"\xe8\x01\n" +
+	"\x06client\x18\x02 \x01(\tR\x06client\"\x1f\n" +
+	"\aRefresh\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\"A\n" +
+	"\tRefreshed\x124\n" +
+	"\aexpires\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x9e\x02\n" +
 	"\aWelcome\x12\x12\n" +
 	"\x04edge\x18\x01 \x01(\tR\x04edge\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x127\n" +
@@ -1960,12 +2171,17 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"durability\x12+\n" +
 	"\x06limits\x18\x04 \x01(\v2\x13.tidemark.v1.LimitsR\x06limits\x121\n" +
 	"\tprincipal\x18\x05 \x01(\v2\x13.tidemark.v1.SourceR\tprincipal\x12\x16\n" +
-	"\x06tenant\x18\x06 \x01(\tR\x06tenant\"\xc6\x01\n" +
+	"\x06tenant\x18\x06 \x01(\tR\x06tenant\x124\n" +
+	"\aexpires\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x8f\x03\n" +
 	"\x06Limits\x12,\n" +
 	"\x12max_envelope_bytes\x18\x01 \x01(\rR\x10maxEnvelopeBytes\x122\n" +
 	"\x15max_publish_envelopes\x18\x02 \x01(\rR\x13maxPublishEnvelopes\x122\n" +
 	"\x15max_attached_sessions\x18\x03 \x01(\rR\x13maxAttachedSessions\x12&\n" +
-	"\x0fmax_frame_bytes\x18\x04 \x01(\rR\rmaxFrameBytes\"\xb2\x02\n" +
+	"\x0fmax_frame_bytes\x18\x04 \x01(\rR\rmaxFrameBytes\x120\n" +
+	"\x14envelopes_per_second\x18\x05 \x01(\x01R\x12envelopesPerSecond\x12'\n" +
+	"\x0fburst_envelopes\x18\x06 \x01(\rR\x0eburstEnvelopes\x12=\n" +
+	"\x1bmax_connections_per_session\x18\a \x01(\rR\x18maxConnectionsPerSession\x12-\n" +
+	"\x13max_in_flight_bytes\x18\b \x01(\rR\x10maxInFlightBytes\"\xb2\x02\n" +
 	"\x06Attach\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\rR\achannel\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12\x1d\n" +
@@ -2006,14 +2222,15 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\n" +
 	"durability\x18\x01 \x01(\x0e2\x17.tidemark.v1.DurabilityR\n" +
 	"durability\x12$\n" +
-	"\x04acks\x18\x02 \x03(\v2\x10.tidemark.v1.AckR\x04acks\"\x90\x01\n" +
+	"\x04acks\x18\x02 \x03(\v2\x10.tidemark.v1.AckR\x04acks\"\xac\x01\n" +
 	"\x03Ack\x12\x1d\n" +
 	"\n" +
 	"publish_id\x18\x01 \x01(\x04R\tpublishId\x12\x1b\n" +
 	"\tfirst_seq\x18\x02 \x01(\x04R\bfirstSeq\x12\x19\n" +
 	"\blast_seq\x18\x03 \x01(\x04R\alastSeq\x12\x1c\n" +
 	"\tduplicate\x18\x04 \x01(\bR\tduplicate\x12\x14\n" +
-	"\x05epoch\x18\x05 \x01(\tR\x05epoch\"\xe3\x01\n" +
+	"\x05epoch\x18\x05 \x01(\tR\x05epoch\x12\x1a\n" +
+	"\breplaced\x18\x06 \x01(\bR\breplaced\"\xe3\x01\n" +
 	"\bRejected\x12\x1d\n" +
 	"\n" +
 	"publish_id\x18\x01 \x01(\x04R\tpublishId\x12%\n" +
@@ -2069,7 +2286,7 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\x15RECONNECT_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fRECONNECT_NO\x10\x01\x12\x19\n" +
 	"\x15RECONNECT_SAME_CURSOR\x10\x02\x12\x17\n" +
-	"\x13RECONNECT_BEGINNING\x10\x03*\xf6\x03\n" +
+	"\x13RECONNECT_BEGINNING\x10\x03*\xe4\x05\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14CODE_INVALID_MESSAGE\x10\x01\x12\x15\n" +
@@ -2092,7 +2309,16 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\x11CODE_STORAGE_FULL\x10\x11\x12\x13\n" +
 	"\x0fCODE_GOING_AWAY\x10\x12\x12\x12\n" +
 	"\x0eCODE_PEER_DEAD\x10\x13\x12\x11\n" +
-	"\rCODE_INTERNAL\x10\x14B\x18Z\x16tidemark/schema;schemab\x06proto3"
+	"\rCODE_INTERNAL\x10\x14\x12\x16\n" +
+	"\x12CODE_SESSION_ENDED\x10\x15\x12\x14\n" +
+	"\x10CODE_NOT_WAITING\x10\x16\x12\x19\n" +
+	"\x15CODE_INVALID_RESPONSE\x10\x17\x12\x1b\n" +
+	"\x17CODE_INVALID_TRANSITION\x10\x18\x12\x16\n" +
+	"\x12CODE_RATE_EXCEEDED\x10\x19\x12\x16\n" +
+	"\x12CODE_TOKEN_EXPIRED\x10\x1a\x12\x1d\n" +
+	"\x19CODE_TOO_MANY_CONNECTIONS\x10\x1b\x12\x1a\n" +
+	"\x16CODE_TOO_MANY_SESSIONS\x10\x1c\x12\x1b\n" +
+	"\x17CODE_ORIGIN_NOT_ALLOWED\x10\x1dB\x18Z\x16tidemark/schema;schemab\x06proto3"
 
 var (
 	file_tidemark_v1_wire_proto_rawDescOnce sync.Once
@@ -2107,7 +2333,7 @@ func file_tidemark_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_tidemark_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_tidemark_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_tidemark_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_tidemark_v1_wire_proto_goTypes = []any{
 	(Durability)(0),               // 0: tidemark.v1.Durability
 	(Reconnect)(0),                // 1: tidemark.v1.Reconnect
@@ -2115,62 +2341,68 @@ var file_tidemark_v1_wire_proto_goTypes = []any{
 	(*ClientFrame)(nil),           // 3: tidemark.v1.ClientFrame
 	(*ServerFrame)(nil),           // 4: tidemark.v1.ServerFrame
 	(*Hello)(nil),                 // 5: tidemark.v1.Hello
-	(*Welcome)(nil),               // 6: tidemark.v1.Welcome
-	(*Limits)(nil),                // 7: tidemark.v1.Limits
-	(*Attach)(nil),                // 8: tidemark.v1.Attach
-	(*Attached)(nil),              // 9: tidemark.v1.Attached
-	(*Detach)(nil),                // 10: tidemark.v1.Detach
-	(*Detached)(nil),              // 11: tidemark.v1.Detached
-	(*Publish)(nil),               // 12: tidemark.v1.Publish
-	(*Published)(nil),             // 13: tidemark.v1.Published
-	(*Ack)(nil),                   // 14: tidemark.v1.Ack
-	(*Rejected)(nil),              // 15: tidemark.v1.Rejected
-	(*Events)(nil),                // 16: tidemark.v1.Events
-	(*CaughtUp)(nil),              // 17: tidemark.v1.CaughtUp
-	(*Truncated)(nil),             // 18: tidemark.v1.Truncated
-	(*Ping)(nil),                  // 19: tidemark.v1.Ping
-	(*Pong)(nil),                  // 20: tidemark.v1.Pong
-	(*GoingAway)(nil),             // 21: tidemark.v1.GoingAway
-	(*ErrorFrame)(nil),            // 22: tidemark.v1.ErrorFrame
-	(*Source)(nil),                // 23: tidemark.v1.Source
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
-	(Status)(0),                   // 25: tidemark.v1.Status
-	(*Envelope)(nil),              // 26: tidemark.v1.Envelope
+	(*Refresh)(nil),               // 6: tidemark.v1.Refresh
+	(*Refreshed)(nil),             // 7: tidemark.v1.Refreshed
+	(*Welcome)(nil),               // 8: tidemark.v1.Welcome
+	(*Limits)(nil),                // 9: tidemark.v1.Limits
+	(*Attach)(nil),                // 10: tidemark.v1.Attach
+	(*Attached)(nil),              // 11: tidemark.v1.Attached
+	(*Detach)(nil),                // 12: tidemark.v1.Detach
+	(*Detached)(nil),              // 13: tidemark.v1.Detached
+	(*Publish)(nil),               // 14: tidemark.v1.Publish
+	(*Published)(nil),             // 15: tidemark.v1.Published
+	(*Ack)(nil),                   // 16: tidemark.v1.Ack
+	(*Rejected)(nil),              // 17: tidemark.v1.Rejected
+	(*Events)(nil),                // 18: tidemark.v1.Events
+	(*CaughtUp)(nil),              // 19: tidemark.v1.CaughtUp
+	(*Truncated)(nil),             // 20: tidemark.v1.Truncated
+	(*Ping)(nil),                  // 21: tidemark.v1.Ping
+	(*Pong)(nil),                  // 22: tidemark.v1.Pong
+	(*GoingAway)(nil),             // 23: tidemark.v1.GoingAway
+	(*ErrorFrame)(nil),            // 24: tidemark.v1.ErrorFrame
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*Source)(nil),                // 26: tidemark.v1.Source
+	(Status)(0),                   // 27: tidemark.v1.Status
+	(*Envelope)(nil),              // 28: tidemark.v1.Envelope
 }
 var file_tidemark_v1_wire_proto_depIdxs = []int32{
-	12, // 0: tidemark.v1.ClientFrame.publish:type_name -> tidemark.v1.Publish
+	14, // 0: tidemark.v1.ClientFrame.publish:type_name -> tidemark.v1.Publish
 	5,  // 1: tidemark.v1.ClientFrame.hello:type_name -> tidemark.v1.Hello
-	8,  // 2: tidemark.v1.ClientFrame.attach:type_name -> tidemark.v1.Attach
-	10, // 3: tidemark.v1.ClientFrame.detach:type_name -> tidemark.v1.Detach
-	19, // 4: tidemark.v1.ClientFrame.ping:type_name -> tidemark.v1.Ping
-	16, // 5: tidemark.v1.ServerFrame.events:type_name -> tidemark.v1.Events
-	13, // 6: tidemark.v1.ServerFrame.published:type_name -> tidemark.v1.Published
-	15, // 7: tidemark.v1.ServerFrame.rejected:type_name -> tidemark.v1.Rejected
-	6,  // 8: tidemark.v1.ServerFrame.welcome:type_name -> tidemark.v1.Welcome
-	9,  // 9: tidemark.v1.ServerFrame.attached:type_name -> tidemark.v1.Attached
-	11, // 10: tidemark.v1.ServerFrame.detached:type_name -> tidemark.v1.Detached
-	17, // 11: tidemark.v1.ServerFrame.caught_up:type_name -> tidemark.v1.CaughtUp
-	18, // 12: tidemark.v1.ServerFrame.truncated:type_name -> tidemark.v1.Truncated
-	22, // 13: tidemark.v1.ServerFrame.error:type_name -> tidemark.v1.ErrorFrame
-	21, // 14: tidemark.v1.ServerFrame.going_away:type_name -> tidemark.v1.GoingAway
-	20, // 15: tidemark.v1.ServerFrame.pong:type_name -> tidemark.v1.Pong
-	0,  // 16: tidemark.v1.Welcome.durability:type_name -> tidemark.v1.Durability
-	7,  // 17: tidemark.v1.Welcome.limits:type_name -> tidemark.v1.Limits
-	23, // 18: tidemark.v1.Welcome.principal:type_name -> tidemark.v1.Source
-	24, // 19: tidemark.v1.Attach.since:type_name -> google.protobuf.Timestamp
-	25, // 20: tidemark.v1.Attached.status:type_name -> tidemark.v1.Status
-	26, // 21: tidemark.v1.Publish.envelopes:type_name -> tidemark.v1.Envelope
-	0,  // 22: tidemark.v1.Published.durability:type_name -> tidemark.v1.Durability
-	14, // 23: tidemark.v1.Published.acks:type_name -> tidemark.v1.Ack
-	2,  // 24: tidemark.v1.Rejected.code:type_name -> tidemark.v1.Code
-	26, // 25: tidemark.v1.Events.envelopes:type_name -> tidemark.v1.Envelope
-	2,  // 26: tidemark.v1.ErrorFrame.code:type_name -> tidemark.v1.Code
-	1,  // 27: tidemark.v1.ErrorFrame.reconnect:type_name -> tidemark.v1.Reconnect
-	28, // [28:28] is the sub-list for method output_type
-	28, // [28:28] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	10, // 2: tidemark.v1.ClientFrame.attach:type_name -> tidemark.v1.Attach
+	12, // 3: tidemark.v1.ClientFrame.detach:type_name -> tidemark.v1.Detach
+	21, // 4: tidemark.v1.ClientFrame.ping:type_name -> tidemark.v1.Ping
+	6,  // 5: tidemark.v1.ClientFrame.refresh:type_name -> tidemark.v1.Refresh
+	18, // 6: tidemark.v1.ServerFrame.events:type_name -> tidemark.v1.Events
+	15, // 7: tidemark.v1.ServerFrame.published:type_name -> tidemark.v1.Published
+	17, // 8: tidemark.v1.ServerFrame.rejected:type_name -> tidemark.v1.Rejected
+	8,  // 9: tidemark.v1.ServerFrame.welcome:type_name -> tidemark.v1.Welcome
+	11, // 10: tidemark.v1.ServerFrame.attached:type_name -> tidemark.v1.Attached
+	13, // 11: tidemark.v1.ServerFrame.detached:type_name -> tidemark.v1.Detached
+	19, // 12: tidemark.v1.ServerFrame.caught_up:type_name -> tidemark.v1.CaughtUp
+	20, // 13: tidemark.v1.ServerFrame.truncated:type_name -> tidemark.v1.Truncated
+	24, // 14: tidemark.v1.ServerFrame.error:type_name -> tidemark.v1.ErrorFrame
+	23, // 15: tidemark.v1.ServerFrame.going_away:type_name -> tidemark.v1.GoingAway
+	22, // 16: tidemark.v1.ServerFrame.pong:type_name -> tidemark.v1.Pong
+	7,  // 17: tidemark.v1.ServerFrame.refreshed:type_name -> tidemark.v1.Refreshed
+	25, // 18: tidemark.v1.Refreshed.expires:type_name -> google.protobuf.Timestamp
+	0,  // 19: tidemark.v1.Welcome.durability:type_name -> tidemark.v1.Durability
+	9,  // 20: tidemark.v1.Welcome.limits:type_name -> tidemark.v1.Limits
+	26, // 21: tidemark.v1.Welcome.principal:type_name -> tidemark.v1.Source
+	25, // 22: tidemark.v1.Welcome.expires:type_name -> google.protobuf.Timestamp
+	25, // 23: tidemark.v1.Attach.since:type_name -> google.protobuf.Timestamp
+	27, // 24: tidemark.v1.Attached.status:type_name -> tidemark.v1.Status
+	28, // 25: tidemark.v1.Publish.envelopes:type_name -> tidemark.v1.Envelope
+	0,  // 26: tidemark.v1.Published.durability:type_name -> tidemark.v1.Durability
+	16, // 27: tidemark.v1.Published.acks:type_name -> tidemark.v1.Ack
+	2,  // 28: tidemark.v1.Rejected.code:type_name -> tidemark.v1.Code
+	28, // 29: tidemark.v1.Events.envelopes:type_name -> tidemark.v1.Envelope
+	2,  // 30: tidemark.v1.ErrorFrame.code:type_name -> tidemark.v1.Code
+	1,  // 31: tidemark.v1.ErrorFrame.reconnect:type_name -> tidemark.v1.Reconnect
+	32, // [32:32] is the sub-list for method output_type
+	32, // [32:32] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_wire_proto_init() }
@@ -2185,6 +2417,7 @@ func file_tidemark_v1_wire_proto_init() {
 		(*ClientFrame_Attach)(nil),
 		(*ClientFrame_Detach)(nil),
 		(*ClientFrame_Ping)(nil),
+		(*ClientFrame_Refresh)(nil),
 	}
 	file_tidemark_v1_wire_proto_msgTypes[1].OneofWrappers = []any{
 		(*ServerFrame_Events)(nil),
@@ -2198,23 +2431,24 @@ func file_tidemark_v1_wire_proto_init() {
 		(*ServerFrame_Error)(nil),
 		(*ServerFrame_GoingAway)(nil),
 		(*ServerFrame_Pong)(nil),
+		(*ServerFrame_Refreshed)(nil),
 	}
-	file_tidemark_v1_wire_proto_msgTypes[5].OneofWrappers = []any{
+	file_tidemark_v1_wire_proto_msgTypes[7].OneofWrappers = []any{
 		(*Attach_AfterSeq)(nil),
 		(*Attach_Head)(nil),
 		(*Attach_Last)(nil),
 		(*Attach_Since)(nil),
 	}
-	file_tidemark_v1_wire_proto_msgTypes[9].OneofWrappers = []any{}
-	file_tidemark_v1_wire_proto_msgTypes[12].OneofWrappers = []any{}
-	file_tidemark_v1_wire_proto_msgTypes[19].OneofWrappers = []any{}
+	file_tidemark_v1_wire_proto_msgTypes[11].OneofWrappers = []any{}
+	file_tidemark_v1_wire_proto_msgTypes[14].OneofWrappers = []any{}
+	file_tidemark_v1_wire_proto_msgTypes[21].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tidemark_v1_wire_proto_rawDesc), len(file_tidemark_v1_wire_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   20,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
