@@ -39,6 +39,8 @@ type Config struct {
 	Log broker.Log
 	// Verify says who the bearer of a token is, for hello. Required. The error is a [*schema.Refusal].
 	Verify func(token string) (*auth.Principal, error)
+	// KeysReady is nil while tokens can be verified, otherwise a refusal that says why not; [Gateway.Ready] asks it. Optional: without it, tokens always can.
+	KeysReady func() error
 	// Version of the server, for the welcome. Optional.
 	Version string
 
@@ -185,13 +187,16 @@ func (g *Gateway) forget(c *conn) {
 	}
 }
 
-// Ready is nil while the gateway takes connections and its log is ready, otherwise a refusal that says why not: for readiness checks.
+// Ready is nil while the gateway takes connections, its log is ready and tokens can be verified, otherwise a refusal that says why not: for readiness checks.
 func (g *Gateway) Ready() error {
 	if err := g.Admits(); err != nil {
 		return err
 	}
 	if s := g.cfg.Log.Status(); !s.Ready {
 		return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "%s", s.Reason)
+	}
+	if g.cfg.KeysReady != nil {
+		return g.cfg.KeysReady()
 	}
 	return nil
 }
