@@ -78,6 +78,7 @@ type JetStreamLog struct {
 	queued    *semaphore.Weighted
 	handOvers chan struct{}
 	reader    *reader // set with layout
+	presence  *presence
 
 	mu        sync.Mutex
 	appenders map[schema.SessionID]*appender
@@ -113,6 +114,7 @@ func Open(cfg Config) (*JetStreamLog, error) {
 		cfg: cfg, edge: cfg.Edge, logger: cfg.Logger, metrics: newMetrics(cfg.Metrics), conn: conn, reads: reads, js: js,
 		queued: semaphore.NewWeighted(cfg.QueueBytes), handOvers: make(chan struct{}, maxHandOvers), appenders: make(map[schema.SessionID]*appender),
 	}
+	l.presence = newPresence(l)
 	l.storing, l.stop = context.WithCancel(context.Background()) //nolint:forbidigo // the log's own lifetime, ended by Close
 	return l, nil
 }

@@ -27,6 +27,8 @@ type MemoryLog struct {
 	sessions  map[schema.SessionID]*memorySession
 	followers map[schema.SessionID]map[*memorySource]bool
 	changes   uint64
+	// places are those taken; who has none is not there.
+	places map[user]int
 }
 
 var _ Log = (*MemoryLog)(nil)
@@ -53,7 +55,7 @@ type memoryProducer struct {
 
 // NewMemoryLog makes an empty log.
 func NewMemoryLog() *MemoryLog {
-	return &MemoryLog{sessions: map[schema.SessionID]*memorySession{}, followers: map[schema.SessionID]map[*memorySource]bool{}}
+	return &MemoryLog{sessions: map[schema.SessionID]*memorySession{}, followers: map[schema.SessionID]map[*memorySource]bool{}, places: map[user]int{}}
 }
 
 // Status implements [Log]. The log is always ready.
@@ -383,6 +385,27 @@ func (l *MemoryLog) Delete(_ context.Context, id schema.SessionID) error {
 	l.mu.Unlock()
 	wake()
 	return nil
+}
+
+// Enter implements [Log]. It never waits.
+func (l *MemoryLog) Enter(_ context.Context, id schema.SessionID, subject string, limit int) (func(), error) {
+	if limit <= 0 {
+		return func() {}, nil
+	}
+	u := user{id, subject}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.places[u] >= limit {
+		return nil, tooManyConnections(u, limit)
+	}
+	l.places[u]++
+	return sync.OnceFunc(func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.places[u]--; l.places[u] == 0 {
+			delete(l.places, u)
+		}
+	}), nil
 }
 
 // Truncate takes the envelopes before seq first away, as retention does, and never the last. It returns the oldest seq that is left, 0 where there is no session.
