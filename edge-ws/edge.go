@@ -38,6 +38,11 @@ type Config struct {
 	// Origins are the web pages that browsers may connect from, beside those of the edge's own host: patterns of [path.Match] for a host (app.example.com, *.example.com) or, with a scheme,
 	// for an origin (https://app.example.com). "*" is every page: tokens alone protect then. Default: none. Clients that are no browsers send no origin and are not asked.
 	Origins []string
+	// Loopback makes it an edge for the programs of one desktop application (local.go): it refuses peers and host names that are not this machine's, takes tokens in hello alone, and serves
+	// /v1/connect in protobuf and /healthz, nothing else. Pages must then be listed in Origins. Give the gateway a short HelloTimeout.
+	Loopback bool
+	// Page serves the page to look at sessions with, at / and below /page/. It is for development, and needs a token as any client does.
+	Page bool
 	// PingInterval is how often a peer is pinged; it is closed (peer_dead) when two pings in a row went unanswered. Default [DefaultPingInterval].
 	PingInterval time.Duration
 	// Metrics is what /metrics shows. Optional.
@@ -79,16 +84,30 @@ func New(cfg Config) (*Edge, error) {
 		cfg.Metrics = prometheus.NewRegistry()
 	}
 	e := &Edge{cfg: cfg, mux: http.NewServeMux(), cuts: make(map[*transport]context.CancelFunc)}
+	e.mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, state{State: "alive"}) })
+	if cfg.Loopback {
+		e.mux.HandleFunc("GET /v1/connect", e.connectOnLoopback)
+		return e, nil
+	}
+	if cfg.Page {
+		if err := e.servePage(); err != nil {
+			return nil, err
+		}
+	}
 	e.mux.HandleFunc("GET /v1/connect", e.connect)
 	e.mux.HandleFunc("GET /ws", e.session)
-	e.mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, state{State: "alive"}) })
 	e.mux.HandleFunc("GET /readyz", e.ready)
 	e.mux.Handle("GET /metrics", promhttp.HandlerFor(cfg.Metrics, promhttp.HandlerOpts{}))
 	return e, nil
 }
 
 // Handler serves all of the edge's paths.
-func (e *Edge) Handler() http.Handler { return e.mux }
+func (e *Edge) Handler() http.Handler {
+	if e.cfg.Loopback {
+		return onLoopback(e.mux)
+	}
+	return e.mux
+}
 
 // connect serves the multiplexed connection.
 func (e *Edge) connect(w http.ResponseWriter, r *http.Request) {

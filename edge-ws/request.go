@@ -45,6 +45,11 @@ func (e *Edge) mayComeFrom(r *http.Request) bool {
 	if strings.EqualFold(u.Host, r.Host) {
 		return true
 	}
+	return e.lists(u)
+}
+
+// lists says whether the configuration names the origin, which is in lower case.
+func (e *Edge) lists(u *url.URL) bool {
 	for _, pattern := range e.cfg.Origins {
 		name := u.Host
 		if strings.Contains(pattern, "://") {
@@ -97,7 +102,7 @@ func refuse(w http.ResponseWriter, err error) {
 	case schema.Code_CODE_UNAUTHENTICATED:
 		status = http.StatusUnauthorized
 		w.Header().Set("WWW-Authenticate", "Bearer")
-	case schema.Code_CODE_FORBIDDEN:
+	case schema.Code_CODE_FORBIDDEN, schema.Code_CODE_ORIGIN_NOT_ALLOWED:
 		status = http.StatusForbidden
 	case schema.Code_CODE_INVALID_MESSAGE, schema.Code_CODE_UNSUPPORTED_PROTOCOL:
 		status = http.StatusBadRequest
