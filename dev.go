@@ -23,6 +23,7 @@ type devCommand struct {
 	GRPC    string `name:"grpc" default:"127.0.0.1:8081" help:"Address for gRPC, gRPC-Web and Connect; port 0 for a free one."`
 	nodeFlags
 	MaxAge time.Duration `default:"720h" help:"How long envelopes are kept."`
+	Page   bool          `default:"true" negatable:"" help:"Serve the page to look at sessions with at /."`
 	edgeFlags
 }
 
@@ -71,6 +72,7 @@ func (c *devCommand) start(p *process) error {
 	if err != nil {
 		return err
 	}
+	core.page = c.Page
 	if err := p.startEdges(core, &c.edgeFlags, overHTTP, overGRPC); err != nil {
 		return err
 	}

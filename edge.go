@@ -118,6 +118,8 @@ type core struct {
 	gateway *gateway.Gateway
 	verify  func(token string) (*auth.Principal, error)
 	metrics *prometheus.Registry
+	// page and loopback are the WebSocket edge's; see [edgews.Config].
+	page, loopback bool
 }
 
 // startCore opens the log and runs it until the process ends.
@@ -126,6 +128,13 @@ func (p *process) startCore(s broker.Server, f *edgeFlags, secret []byte, metric
 	if err != nil {
 		return nil, err
 	}
+	return p.startCoreFor(s, f, v.Verify, 0, metrics)
+}
+
+// startCoreFor is startCore for bearers whom verify knows. A connection without a token has so long for its hello; 0 is the gateway's default.
+func (p *process) startCoreFor(
+	s broker.Server, f *edgeFlags, verify func(token string) (*auth.Principal, error), hello time.Duration, metrics *prometheus.Registry,
+) (*core, error) {
 	l, err := broker.Open(broker.Config{
 		Server: s, Edge: f.Edge, HoldFor: f.HoldFor, QueueBytes: int64(f.QueueMB) << 20, TailBytes: f.TailMB << 20, WarmFor: f.Warm, Logger: p.env.log, Metrics: metrics,
 	})
@@ -149,12 +158,12 @@ func (p *process) startCore(s broker.Server, f *edgeFlags, secret []byte, metric
 		grace = -1 // the gateway's word for none
 	}
 	g, err := gateway.New(gateway.Config{
-		Log: l, Verify: v.Verify, Version: version(), DrainGrace: grace, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: metrics,
+		Log: l, Verify: verify, HelloTimeout: hello, Version: version(), DrainGrace: grace, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: metrics,
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &core{log: l, gateway: g, verify: v.Verify, metrics: metrics}, nil
+	return &core{log: l, gateway: g, verify: verify, metrics: metrics}, nil
 }
 
 // startEdges serves both edges, or the one whose listener is not nil, and drains them together when the process ends.
@@ -164,7 +173,9 @@ func (p *process) startEdges(c *core, f *edgeFlags, overHTTP, overGRPC net.Liste
 	var native *edgegrpc.Edge
 	var err error
 	if overHTTP != nil {
-		web, err = edgews.New(edgews.Config{Gateway: c.gateway, Verify: c.verify, Origins: f.Origins, Metrics: c.metrics, Logger: p.env.log})
+		web, err = edgews.New(edgews.Config{
+			Gateway: c.gateway, Verify: c.verify, Origins: f.Origins, Loopback: c.loopback, Page: c.page, Metrics: c.metrics, Logger: p.env.log,
+		})
 	}
 	if overGRPC != nil && err == nil {
 		native, err = edgegrpc.New(edgegrpc.Config{
@@ -207,6 +218,7 @@ func (p *process) startEdges(c *core, f *edgeFlags, overHTTP, overGRPC net.Liste
 // edgeWSCommand is `tidemark edge-ws`.
 type edgeWSCommand struct {
 	HTTP string `name:"http" default:"127.0.0.1:8080" help:"Address for WebSocket and HTTP; port 0 for a free one."`
+	Page bool   `help:"Serve the page to look at sessions with at /."`
 	natsFlags
 	secretFlags
 	edgeFlags
@@ -226,6 +238,7 @@ func (c *edgeWSCommand) Run(ctx context.Context, env *environment) error {
 		if err != nil {
 			return err
 		}
+		core.page = c.Page
 		if err := p.startEdges(core, &c.edgeFlags, l, nil); err != nil {
 			return err
 		}
