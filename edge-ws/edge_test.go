@@ -227,10 +227,14 @@ func TestSessionSocket(t *testing.T) {
 		c.write(websocket.MessageText, []byte(`{"type":"user_message","data":{"message":"hi"}}`))
 		var id any
 		var epoch string
-		for range 2 {
+		for range 3 {
 			m := c.nextJSON()
 			data := m["data"].(map[string]any)
 			switch m["type"] {
+			case "attached":
+				if data["epoch"] == "" || data["head_seq"] != 1.0 || data["first_seq"] != 1.0 || data["after_seq"] != 0.0 {
+					t.Errorf("got %v", m)
+				}
 			case "published":
 				if data["seq"] != 1.0 || data["durability"] != "memory" {
 					t.Errorf("got %v", m)

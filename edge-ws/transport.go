@@ -235,12 +235,12 @@ func closeFrame(status websocket.StatusCode, reason string) []byte {
 // maxReason is what a close frame has room for, in bytes (RFC 6455, section 5.5).
 const maxReason = 123
 
-// reason is a close frame's reason: the code's word, and as much of the sentence as there is room for.
+// reason is a close frame's reason: the code's word, and as much of the sentence as there is room for; of an end without a fault, what there is to be said about it.
 func reason(code schema.Code, message string) string {
-	if code == schema.Code_CODE_UNSPECIFIED {
-		return ""
+	s := message
+	if code != schema.Code_CODE_UNSPECIFIED {
+		s = code.Word() + ": " + message
 	}
-	s := code.Word() + ": " + message
 	if len(s) <= maxReason {
 		return s
 	}

@@ -237,7 +237,7 @@ func TestReason(t *testing.T) {
 	if got := reason(schema.Code_CODE_CONFLICT, "Short."); got != "conflict: Short." {
 		t.Errorf("got %q", got)
 	}
-	if got := reason(schema.Code_CODE_UNSPECIFIED, "x"); got != "" {
+	if got := reason(schema.Code_CODE_UNSPECIFIED, "completed"); got != "completed" {
 		t.Errorf("got %q", got)
 	}
 	for n := range 8 {

@@ -10,7 +10,7 @@ import (
 
 // attachment is a follower on a connection.
 //
-//	opening ──> live <──> waiting ──> fetching
+//	opening ──> live <──> waiting ──> fetching, and once live <──> asking
 //	   └──────────┴──> ended <──┘────────┘
 type attachment struct {
 	// Static after construction.
@@ -21,14 +21,19 @@ type attachment struct {
 
 	queued atomic.Bool // it is in conn.ready
 	detach atomic.Bool // the peer wants no more; set by the reader
+	// revoked is why the peer may follow no longer; set by the reader.
+	revoked atomic.Pointer[schema.Refusal]
 	ended  atomic.Bool // its last frame is written, or about to be; set by the writer
 	back   atomic.Bool // what was opened or fetched is there; set by the task, taken by the writer
 
 	// Owned by the task that opens or fetches until back is set, and by the writer otherwise.
+	placed   bool // it holds a place of the user's in the session; see enter
 	follower *broker.Follower
 	batch    broker.Batch
 	err      error
 	dry      bool // the last fetch found nothing
+	// stands is where the session stands that was empty when it was attached to; see ask.
+	stands broker.Attachment
 
 	// Owned by the writer.
 	phase phase
@@ -45,6 +50,7 @@ const (
 	live                  // its envelopes come from memory
 	waiting               // it is behind the tail, and others are fetching
 	fetching              // it reads from the log
+	asking                // its session has begun, and the log is asked where it stands
 )
 
 // attach handles an [schema.Attach]. The error ends the connection. Called by the reader.
@@ -69,7 +75,7 @@ func (c *conn) attach(m *schema.Attach) error {
 		c.opening = make(chan struct{}, maxOpening)
 		c.channels = make(map[uint32]*attachment, 1)
 	}
-	if len(c.channels) > 2*schema.MaxAttachedSessions {
+	if len(c.channels) > 2*c.g.cfg.Limits.Sessions {
 		for ch, old := range c.channels {
 			if old.ended.Load() {
 				delete(c.channels, ch)
@@ -87,7 +93,9 @@ func (c *conn) attach(m *schema.Attach) error {
 		return nil
 	}
 	c.tasks.Go(func() {
-		a.follower, a.err = c.g.cfg.Log.Follow(c.ctx, a.id, a.options)
+		if a.err = a.enter(); a.err == nil {
+			a.open()
+		}
 		<-c.opening
 		a.done()
 	})
@@ -96,8 +104,8 @@ func (c *conn) attach(m *schema.Attach) error {
 
 // newAttachment checks what was asked for.
 func (c *conn) newAttachment(m *schema.Attach) (*attachment, error) {
-	if n := c.attached.Load(); n >= schema.MaxAttachedSessions {
-		return nil, schema.Refuse(schema.Code_CODE_LIMIT_EXCEEDED, "The connection follows %d sessions; at most %d are allowed. Detach some, or open another.", n, schema.MaxAttachedSessions)
+	if n, most := c.attached.Load(), c.g.cfg.Limits.Sessions; n >= int64(most) {
+		return nil, schema.Refuse(schema.Code_CODE_TOO_MANY_SESSIONS, "The connection follows %d sessions; at most %d are allowed. Detach some, or open another.", n, most)
 	}
 	id, err := schema.ParseSessionID(c.principal.Tenant, m.GetSession())
 	if err != nil {
@@ -195,9 +203,10 @@ func (a *attachment) fetch() {
 	}
 }
 
-// close ends the follower. Called by the writer, or when both it and the tasks have ended.
+// close ends the follower and gives the user's place in the session back. Called by the writer, or when both it and the tasks have ended.
 func (a *attachment) close() {
 	if a.follower != nil {
 		a.follower.Close()
 	}
+	a.leave()
 }

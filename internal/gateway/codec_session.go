@@ -16,7 +16,10 @@ import (
 //	{"type":"published","timestamp":"…","data":{"id":"…","seq":10,"durability":"fsync","epoch":"…"}}
 //	{"type":"truncated","timestamp":"…","data":{"wanted_seq":1,"first_seq":5}}
 //	{"type":"going_away","timestamp":"…","data":{"reason":"…","grace_ms":1000,"last_seq":9}}
+//	{"type":"refreshed","timestamp":"…","data":{"expires":"…"}}
 //	{"type":"error","timestamp":"…","data":{"error":"…","details":"…","code":"…"}}
+//
+// And so has the one that a client sends: {"type":"refresh","data":{"token":"…"}}.
 type sessionCodec struct{}
 
 func (sessionCodec) receive(c *conn, msg []byte) error {
@@ -29,18 +32,19 @@ func (sessionCodec) receive(c *conn, msg []byte) error {
 		return nil
 	}
 	a, err := c.stamp.AcceptEnvelope(e, p.came)
+	if err == nil {
+		err = c.aim(p, nil, 0)
+	}
 	if err != nil {
-		// A bad message ends this connection, once all that came before it is answered. This one is not in flight.
+		// What may not be sent ends this connection, once all that came before it is answered. This one is not in flight.
 		c.inFlight.Add(-1)
 		c.inFlightBytes.Add(-int64(p.size))
 		return err
 	}
 	p.one[0] = a
 	p.Envelopes = p.one[:]
-	if err := c.aim(p, nil, 0); err != nil {
-		p.answer(broker.Receipt{}, err)
-		return nil
-	}
+	// A session that begins here is one run, and ends with it (DESIGN section 7).
+	p.Kind = schema.SessionKind_SESSION_KIND_WORKFLOW
 	c.submit(p)
 	return nil
 }
@@ -72,6 +76,9 @@ func (sessionCodec) published(w *writer, run []*pending) {
 		out = append(out, '"')
 		if p.receipt.Duplicate {
 			out = append(out, `,"duplicate":true`...)
+		}
+		if p.receipt.Replaced {
+			out = append(out, `,"replaced":true`...)
 		}
 		if epoch := p.epochToTell(); epoch != "" {
 			out = append(out, `,"epoch":"`...)
@@ -116,6 +123,9 @@ type (
 		// LastSeq is the cursor to resume from.
 		LastSeq uint64 `json:"last_seq"`
 	}
+	sessionRefreshed struct {
+		Expires string `json:"expires"`
+	}
 	sessionError struct {
 		Error   string `json:"error"`
 		Details string `json:"details"`
@@ -136,14 +146,23 @@ func (sessionCodec) frame(w *writer, f *schema.ServerFrame) {
 		appendData(w, "attached", sessionAttached{
 			Epoch: a.GetEpoch(), FirstSeq: a.GetFirstSeq(), HeadSeq: a.GetHeadSeq(), AfterSeq: a.GetAfterSeq(), Status: statusWord(a.GetStatus()),
 		})
+		if held := w.held; held != nil {
+			w.held = nil
+			w.c.codec.frame(w, held)
+		}
 	case *schema.ServerFrame_Truncated:
 		appendData(w, "truncated", sessionTruncated{WantedSeq: m.Truncated.GetWantedSeq(), FirstSeq: m.Truncated.GetFirstSeq()})
 	case *schema.ServerFrame_GoingAway:
-		data := sessionGoingAway{Reason: m.GoingAway.GetReason(), GraceMS: m.GoingAway.GetGraceMs()}
-		if w.single != nil {
-			data.LastSeq = w.single.through
+		if w.single == nil {
+			// Attached comes first.
+			w.held = f
+			return
 		}
+		data := sessionGoingAway{Reason: m.GoingAway.GetReason(), GraceMS: m.GoingAway.GetGraceMs()}
+		data.LastSeq = w.single.through
 		appendData(w, "going_away", data)
+	case *schema.ServerFrame_Refreshed:
+		appendData(w, "refreshed", sessionRefreshed{Expires: m.Refreshed.GetExpires().AsTime().UTC().Format(time.RFC3339)})
 	case *schema.ServerFrame_Error:
 		e := m.Error
 		appendData(w, "error", sessionError{

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"tidemark/internal/auth"
 	"tidemark/schema"
 )
@@ -47,7 +49,11 @@ type conn struct {
 	// Owned by the reader.
 	principal *auth.Principal
 	stamp     schema.Stamp
-	greeted   bool // the first frame has come
+	kinds     kinds         // the payload types that it may publish
+	rate      Rate          // how fast
+	limiter   *rate.Limiter // nil before the first publish; see spend
+	expiry    *time.Timer   // ends the connection with its token; nil while there is none
+	greeted   bool          // the first frame has come
 	targets   map[string]*target
 	channels  map[uint32]*attachment // those that ended are taken out when their number is wanted again
 	opening   chan struct{}          // of capacity maxOpening, made when it is needed
@@ -57,6 +63,9 @@ type conn struct {
 	inFlight, inFlightBytes atomic.Int64 // publishes read and not yet answered on the wire
 	attached                atomic.Int64 // attachments that have not ended
 	stopped                 atomic.Bool  // end is set: nothing more is read
+	told                    atomic.Bool  // the peer was told where the session stands that the connection was made for
+
+	placed places
 
 	mu         sync.Mutex // guards all below
 	replies    []*schema.ServerFrame
@@ -72,6 +81,8 @@ type ending struct {
 	refusal *schema.Refusal
 	// lost is set where the peer is gone: there is nobody to tell.
 	lost error
+	// said is what the peer reads about an end without a fault; empty for nothing.
+	said string
 }
 
 // word is the reason as metrics and logs name it.
@@ -112,6 +123,7 @@ func newConn(ctx context.Context, g *Gateway, p Peer) *conn {
 // identify fixes who the peer is. Called before the reader starts, or by it.
 func (c *conn) identify(p *auth.Principal) {
 	c.principal, c.stamp = p, schema.NewStamp(p.Source())
+	c.kinds, c.rate = rights[p.Role].kinds, c.g.cfg.Limits.rate(p.Role)
 }
 
 // run serves the connection until it is over.
@@ -148,7 +160,10 @@ func (c *conn) run() *ending {
 
 // read is the reader: it takes the peer's messages until the connection ends.
 func (c *conn) read() {
-	if c.principal == nil {
+	defer c.unwatch()
+	if c.principal != nil {
+		c.watch()
+	} else {
 		// The timer ends with the first frame, or with the connection.
 		late := time.AfterFunc(c.g.cfg.HelloTimeout, func() {
 			c.fail(schema.Refuse(schema.Code_CODE_UNAUTHENTICATED, "No hello with a token came within %s; send it as the first frame.", c.g.cfg.HelloTimeout))
@@ -172,6 +187,9 @@ func (c *conn) read() {
 // readOne takes one message; false where it was the last.
 func (c *conn) readOne() bool {
 	msg, err := c.peer.Transport.Receive(c.ctx)
+	if !c.awaitAttached(err) {
+		return false
+	}
 	switch {
 	case c.stopped.Load():
 		return false

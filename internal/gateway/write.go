@@ -54,6 +54,8 @@ type writer struct {
 
 	// single is the attachment that the connection was made for; nil where there is none, or not yet.
 	single *attachment
+	// held is a frame of a session socket that may not come before attached; nil where there is none.
+	held *schema.ServerFrame
 
 	// What the round wrote.
 	publishes, envelopes int
@@ -92,7 +94,7 @@ func (w *writer) loop() (schema.Code, string) {
 			continue
 		}
 		if end != nil && c.inFlight.Load() == 0 {
-			return w.goodbye(end.refusal)
+			return w.goodbye(end)
 		}
 		if end != nil && w.late == nil {
 			w.late = time.After(c.g.cfg.CloseTimeout)
@@ -105,7 +107,7 @@ func (w *writer) loop() (schema.Code, string) {
 		select {
 		case <-c.wake:
 		case <-w.late:
-			return w.goodbye(end.refusal)
+			return w.goodbye(end)
 		case <-c.ctx.Done():
 			c.finish(c.cut())
 			return w.lost()
@@ -257,9 +259,10 @@ func (w *writer) lost() (schema.Code, string) {
 }
 
 // goodbye tells the peer why the connection ends.
-func (w *writer) goodbye(r *schema.Refusal) (schema.Code, string) {
+func (w *writer) goodbye(e *ending) (schema.Code, string) {
+	r := e.refusal
 	if r == nil {
-		return schema.Code_CODE_UNSPECIFIED, ""
+		return schema.Code_CODE_UNSPECIFIED, e.said
 	}
 	if r.Code != schema.Code_CODE_GOING_AWAY {
 		// That the edge goes away was said already.
@@ -327,6 +330,11 @@ func (w *writer) turn(a *attachment) {
 			a.turn()
 			return
 		}
+	case asking:
+		if a.back.Swap(false) && !a.ended.Load() {
+			w.begun(a)
+		}
+		return
 	case waiting, live:
 	}
 	if a.ended.Load() {
@@ -372,6 +380,9 @@ func (w *writer) opened(a *attachment) bool {
 	if !a.detach.Load() {
 		w.c.codec.frame(w, a.attachedFrame())
 	}
+	if a.channel == 0 {
+		w.c.told.Store(true)
+	}
 	return true
 }
 
@@ -393,6 +404,9 @@ func (w *writer) fetchNext() {
 
 // emit writes what a follower got.
 func (w *writer) emit(a *attachment, b *broker.Batch) {
+	if w.begins(a, b) {
+		return
+	}
 	a.through = b.Through
 	if b.First != 0 {
 		w.c.codec.frame(w, a.truncatedFrame(b))
@@ -405,6 +419,7 @@ func (w *writer) emit(a *attachment, b *broker.Batch) {
 	if b.CaughtUp {
 		a.told = b.Through
 		w.c.codec.frame(w, &schema.ServerFrame{Frame: &schema.ServerFrame_CaughtUp{CaughtUp: &schema.CaughtUp{Channel: a.channel, ThroughSeq: b.Through}}})
+		w.behindTheEnd(a)
 	}
 }
 
