@@ -2,8 +2,9 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"net/url"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -24,16 +25,20 @@ type devCommand struct {
 	nodeFlags
 	MaxAge time.Duration `default:"720h" help:"How long envelopes are kept."`
 	Page   bool          `default:"true" negatable:"" help:"Serve the page to look at sessions with at /."`
+	ipcFlags
 	edgeFlags
 }
 
 // Run serves until the process is told to stop.
 func (c *devCommand) Run(ctx context.Context, env *environment) error {
-	if err := errors.Join(checkLoopback("http", c.HTTP), checkLoopback("grpc", c.GRPC)); err != nil {
+	if err := checkLoopback("http", c.HTTP); err != nil {
 		return err
 	}
-	if c.NatsListen != off {
-		if err := checkLoopback("nats-listen", c.NatsListen); err != nil {
+	for _, listener := range [][2]string{{"grpc", c.GRPC}, {"nats-listen", c.NatsListen}} {
+		if listener[1] == off {
+			continue
+		}
+		if err := checkLoopback(listener[0], listener[1]); err != nil {
 			return err
 		}
 	}
@@ -45,6 +50,16 @@ func (c *devCommand) start(p *process) error {
 	lock, err := natsd.LockDir(c.DataDir)
 	if err != nil {
 		return err
+	}
+	var local *ipc
+	if c.IPC {
+		path := c.IPCFile
+		if path == "" {
+			path = filepath.Join(lock.Dir(), "ipc.json")
+		}
+		if local, err = newIPC(p.ctx, path); err != nil {
+			return releaseAfter(err, lock)
+		}
 	}
 	overHTTP, err := p.listen("http", c.HTTP)
 	if err != nil {
@@ -68,11 +83,16 @@ func (c *devCommand) start(p *process) error {
 	}
 	// Looking for streams that are not there yet would only be in vain.
 	p.settle(b.Ready)
-	core, err := p.startCore(n.nats, &c.edgeFlags, n.secret, metrics)
+	var core *core
+	if local != nil {
+		core, err = p.startCoreFor(n.nats, &c.edgeFlags, local.verify, ipcHelloWithin, metrics)
+	} else {
+		core, err = p.startCore(n.nats, &c.edgeFlags, n.secret, metrics)
+	}
 	if err != nil {
 		return err
 	}
-	core.page = c.Page
+	core.page, core.loopback = c.Page, local != nil
 	if err := p.startEdges(core, &c.edgeFlags, overHTTP, overGRPC); err != nil {
 		return err
 	}
@@ -81,7 +101,12 @@ func (c *devCommand) start(p *process) error {
 		return nil // it failed, or was stopped, before it was ready
 	}
 	at := addresses{HTTP: addressOf(overHTTP), GRPC: addressOf(overGRPC), NATS: n.server.Addr()}
-	if err := c.welcome(p.env, n, at); err != nil {
+	if local != nil {
+		err = p.announceIPC(local, overHTTP)
+	} else {
+		err = c.welcome(p.env, n, at)
+	}
+	if err != nil {
 		return err
 	}
 	return p.announce(n.dir, at)
@@ -109,9 +134,17 @@ func (c *devCommand) welcome(env *environment, n *node, at addresses) error {
 	if n.server.URL() != "" {
 		nats = n.server.URL()
 	}
+	// The token stands behind the #, which browsers keep to themselves: no server sees it.
+	page := func(token string) string {
+		return "http://" + at.HTTP + "/#session=hello&token=" + url.QueryEscape(token)
+	}
+	pages := [][2]string{{"Page, as user", page(user)}, {"Page, as agent", page(agent)}}
+	if !c.Page {
+		pages = nil
+	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "\nTidemark %s is running. Data in %s, durability %s.\n\n", version(), n.dir, c.Durability)
-	for _, row := range [][2]string{
+	for _, row := range append(pages, [][2]string{
 		{"Session socket", "ws://" + at.HTTP + "/ws?sessionName=NAME&token=TOKEN"},
 		{"Multiplexed", "ws://" + at.HTTP + "/v1/connect (subprotocol tidemark.v1.proto or tidemark.v1.json)"},
 		{"gRPC", at.GRPC + " (gRPC, gRPC-Web, Connect; reflection is on)"},
@@ -119,7 +152,7 @@ func (c *devCommand) welcome(env *environment, n *node, at addresses) error {
 		{"Health, metrics", "http://" + at.HTTP + "/readyz, /healthz, /metrics"},
 		{"User token", user},
 		{"Agent token", agent},
-	} {
+	}...) {
 		fmt.Fprintf(&b, "  %-16s %s\n", row[0], row[1])
 	}
 	socket := "ws://" + at.HTTP + "/ws?sessionName=hello&token="
