@@ -144,6 +144,7 @@ func (s *socketWire) receive() ([]*schema.ServerFrame, error) {
 type sessionWire struct {
 	*socket
 	channel   uint32
+	attached  bool
 	epoch     string // to be told with the first events
 	published map[string]uint64
 	lock      chan struct{} // guards published; nil until open
@@ -204,12 +205,20 @@ func (s *sessionWire) receive() ([]*schema.ServerFrame, error) {
 			return nil, fmt.Errorf("the session socket sent what is no envelope: %w: %s", err, b)
 		}
 		return []*schema.ServerFrame{{Frame: &schema.ServerFrame_Events{
-			Events: &schema.Events{Channel: s.channel, ThroughSeq: head.Seq, Epoch: s.epoch, Envelopes: []*schema.Envelope{e}},
+			Events: &schema.Events{Channel: s.channel, ThroughSeq: head.Seq, Epoch: s.tellEpoch(), Envelopes: []*schema.Envelope{e}},
 		}}}, nil
 	}
 	f, err := s.control(head.Type, head.Data)
 	if err != nil {
 		return nil, fmt.Errorf("the session socket sent %s: %w", b, err)
+	}
+	if a := f.GetAttached(); a != nil {
+		if s.attached {
+			// The session was empty and begins now: the other ways say that with its first events.
+			s.epoch = a.GetEpoch()
+			return s.receive()
+		}
+		s.attached = true
 	}
 	return []*schema.ServerFrame{setChannel(f, s.channel)}, nil
 }
@@ -253,6 +262,13 @@ func (s *sessionWire) control(kind string, data []byte) (*schema.ServerFrame, er
 	default:
 		return nil, errors.New("a control frame of an unknown type")
 	}
+}
+
+// tellEpoch is the history that begins with the next events; empty where none does.
+func (s *sessionWire) tellEpoch() string {
+	epoch := s.epoch
+	s.epoch = ""
+	return epoch
 }
 
 func (s *sessionWire) idOf(envelope string) uint64 {
