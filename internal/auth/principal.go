@@ -31,6 +31,8 @@ type Principal struct {
 	Sessions []string
 	// Expires is when the token ends, without the leeway.
 	Expires time.Time
+	// Until is when the token is no longer accepted: Expires and the leeway.
+	Until time.Time
 }
 
 // MayUse says whether the token gives access to the session of this name in its tenant.
