@@ -119,6 +119,8 @@ type Query struct {
 	Prefix string
 	// Status, where specified.
 	Status schema.Status
+	// May says which sessions the asker may know of; all where nil. Of the others neither the page nor its token tells anything (I9).
+	May func(name string) bool
 	// Limit is the most sessions wanted: 1 to 1,000.
 	Limit int
 	// Token is the Next of the page before; empty for the first.

@@ -357,7 +357,7 @@ func (l *MemoryLog) Sessions(_ context.Context, tenant string, q Query) (Session
 	var ids []schema.SessionID
 	for id, m := range l.sessions {
 		if id.Tenant == tenant && strings.HasPrefix(id.Name, q.Prefix) && m.changed > after &&
-			(q.Status == schema.Status_STATUS_UNSPECIFIED || q.Status == m.record.GetStatus()) {
+			(q.Status == schema.Status_STATUS_UNSPECIFIED || q.Status == m.record.GetStatus()) && (q.May == nil || q.May(id.Name)) {
 			ids = append(ids, id)
 		}
 	}

@@ -57,7 +57,8 @@ func TestListingIsInTheOrderOfTransitions(t *testing.T) {
 		}
 		s.put("default", "s005", schema.Status_STATUS_RUNNING)
 		names, pages := s.list("default", Query{Limit: 50})
-		if len(names) != 700 || pages != 14 || names[0] != "s000" || names[5] != "s006" || names[699] != "s005" {
+		// A full page never says that it is the last: what comes behind it may be another tenant's.
+		if len(names) != 700 || pages != 15 || names[0] != "s000" || names[5] != "s006" || names[699] != "s005" {
 			t.Errorf("%d names on %d pages, %q, %q … %q", len(names), pages, names[0], names[5], names[699])
 		}
 		if names, _ := s.list("default", Query{Limit: 1000, Status: schema.Status_STATUS_RUNNING}); strings.Join(names, " ") != "s005" {

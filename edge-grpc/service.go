@@ -34,6 +34,9 @@ func (e *Edge) createSession(ctx context.Context, p *auth.Principal, req *schema
 	if err != nil {
 		return nil, err
 	}
+	if err := e.cfg.Gateway.Allow(p, 1); err != nil {
+		return nil, err
+	}
 	created := &schema.SessionCreated{Kind: req.GetKind(), MetadataJson: req.GetMetadataJson()}
 	if created.Kind == schema.SessionKind_SESSION_KIND_UNSPECIFIED {
 		created.Kind = schema.SessionKind_SESSION_KIND_CHAT
@@ -85,17 +88,11 @@ func (e *Edge) listSessions(ctx context.Context, p *auth.Principal, req *schema.
 	if limit == 0 {
 		limit = defaultPageSize
 	}
-	page, err := e.cfg.Log.Sessions(ctx, p.Tenant, broker.Query{Prefix: prefix, Status: req.GetStatus(), Limit: limit, Token: req.GetPageToken()})
+	page, err := e.cfg.Log.Sessions(ctx, p.Tenant, broker.Query{Prefix: prefix, Status: req.GetStatus(), May: p.MayUse, Limit: limit, Token: req.GetPageToken()})
 	if err != nil {
 		return nil, err
 	}
-	res := &schema.ListSessionsResponse{NextPageToken: page.Next}
-	for _, s := range page.Sessions {
-		if p.MayUse(s.GetSession()) {
-			res.Sessions = append(res.Sessions, s)
-		}
-	}
-	return res, nil
+	return &schema.ListSessionsResponse{Sessions: page.Sessions, NextPageToken: page.Next}, nil
 }
 
 // narrowed returns the longest prefix that all sessions have which are asked for and which a token with one pattern gives access to, so that the registry is not read for nothing; false where
@@ -128,7 +125,11 @@ func (e *Edge) deleteSession(ctx context.Context, p *auth.Principal, req *schema
 
 func (e *Edge) append(ctx context.Context, p *auth.Principal, req *schema.AppendRequest) (*schema.AppendResponse, error) {
 	if n := proto.Size(req); n > schema.MaxFrameBytes {
+		e.cfg.Gateway.Exceeded(gateway.LimitMessageBytes)
 		return nil, schema.Refuse(schema.Code_CODE_TOO_LARGE, "The request has %d bytes; at most %d are allowed. Append fewer envelopes at once.", n, schema.MaxFrameBytes)
+	}
+	if err := e.cfg.Gateway.Allow(p, len(req.GetEnvelopes())); err != nil {
+		return nil, err
 	}
 	if n := len(req.GetEnvelopes()); n == 0 || n > schema.MaxPublishEnvelopes {
 		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "An append holds 1 to %d envelopes; this one holds %d.", schema.MaxPublishEnvelopes, n)
@@ -141,6 +142,9 @@ func (e *Edge) append(ctx context.Context, p *auth.Principal, req *schema.Append
 	s := broker.Submission{Expected: req.ExpectedSeq, Envelopes: make([]schema.Accepted, 0, len(req.GetEnvelopes()))}
 	for _, envelope := range req.GetEnvelopes() {
 		a, err := stamp.AcceptEnvelope(envelope, now)
+		if err == nil {
+			err = gateway.AuthorizeType(p, a.Kind)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -150,5 +154,5 @@ func (e *Edge) append(ctx context.Context, p *auth.Principal, req *schema.Append
 	if err != nil {
 		return nil, err
 	}
-	return &schema.AppendResponse{FirstSeq: r.First, LastSeq: r.Last, Duplicate: r.Duplicate, Epoch: r.Epoch, Durability: e.cfg.Log.Status().Durability}, nil
+	return &schema.AppendResponse{FirstSeq: r.First, LastSeq: r.Last, Duplicate: r.Duplicate, Epoch: r.Epoch, Durability: e.cfg.Log.Status().Durability, Replaced: r.Replaced}, nil
 }
