@@ -86,6 +86,7 @@ func (b *Broker) Run(ctx context.Context) error {
 	b.working.Store(nc)
 	r := newReader(nc, b.cfg.Layout.Streams)
 	var wg sync.WaitGroup
+	wg.Go(func() { b.keepPresence(ctx, nc, js) })
 	for i := range b.cfg.Layout.Streams {
 		p := &projector{
 			stream: logStreamName(i), nc: nc, js: js, r: r, budget: b.cfg.Memory / b.cfg.Layout.Streams, maxAge: b.cfg.Layout.MaxAge, logger: b.cfg.Logger, metrics: b.metrics,

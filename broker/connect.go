@@ -167,6 +167,9 @@ func provision(ctx context.Context, js jetstream.JetStream, l Layout) error {
 	if err != nil {
 		return fmt.Errorf("broker: bucket %s: %w", registryBucket, err)
 	}
+	if err := provisionPresence(ctx, js, l.Replicas); err != nil {
+		return err
+	}
 	// LOG_00 comes last: whoever finds it finds the rest.
 	for i := l.Streams - 1; i >= 0; i-- {
 		base := jetstream.StreamConfig{

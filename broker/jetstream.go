@@ -140,6 +140,7 @@ func (l *JetStreamLog) Run(ctx context.Context) error {
 		wg.Go(func() { l.follow(ctx, logStreamName(i), t) })
 	}
 	wg.Go(func() { l.sweep(ctx) })
+	wg.Go(func() { l.presence.run(ctx) })
 	<-ctx.Done()
 	l.logger.Info("the log stops following", "streams", streams)
 	return nil
@@ -189,6 +190,7 @@ func (l *JetStreamLog) Close(ctx context.Context) error {
 	}
 	l.stop()
 	<-done
+	l.presence.close(ctx)
 	l.conn.Close()
 	l.reads.Close()
 	return err

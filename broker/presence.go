@@ -2,9 +2,34 @@ package broker
 
 import (
 	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"slices"
 	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"tidemark/schema"
+)
+
+// Bounds of presence.
+const (
+	// enterWithin is how long Enter waits for NATS before it refuses as unavailable.
+	enterWithin = 3 * time.Second
+	// edgeLeaseTTL is how long an edge that says nothing more keeps its places. The server counts it, in whole seconds; no clocks are compared.
+	edgeLeaseTTL = 10 * time.Second
+	// edgeBeatEvery leaves room for two beats that fail.
+	edgeBeatEvery = 3 * time.Second
+	// edgeBeatAgain is when a beat that failed is tried again.
+	edgeBeatAgain = 500 * time.Millisecond
+	// placesTTL is how long a record of places stays that nobody writes any more, such as one of an edge that died and of a user who never came back. Whoever has places in it writes it again after
+	// placesRefresh.
+	placesTTL     = 10 * time.Minute
+	placesRefresh = placesTTL / 3
+	// maxTidying bounds the records that an edge writes at once because users left, or because all have to be written again.
+	maxTidying = 16
 )
 
 // user is whose places are counted together.
@@ -13,36 +38,406 @@ type user struct {
 	subject string
 }
 
+// key is the user's in the bucket PRESENCE.
+func (u user) key() string {
+	return "user." + schema.EscapeToken(u.session.Tenant) + "." + schema.EscapeToken(u.session.Name) + "." + schema.EscapeToken(u.subject)
+}
+
 func tooManyConnections(u user, limit int) error {
 	return schema.Refuse(schema.Code_CODE_TOO_MANY_CONNECTIONS,
 		"The user has %d connections to session %s, as many as are allowed; close one of them, then try again.", limit, u.session)
 }
 
-// presence counts the places that users have taken through this edge.
+// presence counts users' connections to sessions over all edges. What is said of a user is one record in the bucket PRESENCE with the number of places on each edge; it is written with compare-and-swap on top of
+// what was read, so that of two edges that want the last place one gets it. An edge's part of it counts while the edge's lease is there, which it writes every edgeBeatEvery and which the server
+// removes edgeLeaseTTL after the last time.
+//
+// The bucket is in memory: it says who is connected now. When it is lost, or the edge's lease is because the edge was frozen, the edge writes its lease and all its places again, whatever limits say.
+//
+// What an edge holds here is one place for each user and session that is connected to it, so the bounds are those of its connections.
 type presence struct {
+	// Static after construction.
+	log     *JetStreamLog
+	logger  *slog.Logger
+	holder  string // this process's life, in the bucket's words
+	metrics *presenceMetrics
+	// beatNow and tidyNow hold one token each: there is something to do.
+	beatNow, tidyNow chan struct{}
+	// beating is held by who writes or removes the edge's lease; beat, the revision of its last, is theirs.
+	beating chan struct{}
+	beat    uint64
+
 	mu     sync.Mutex
-	places map[user]int
+	places map[user]*place
+	// dirty are those of the places whose records may not say what is held.
+	dirty map[*place]bool
+	state leaseState
+	// lost counts how often the lease was, and with it maybe the bucket.
+	lost   int
+	closed bool
 }
 
-func newPresence(*JetStreamLog) *presence { return &presence{places: map[user]int{}} }
+// leaseState is what an edge knows of its lease.
+type leaseState int
+
+const (
+	// leaseUnknown: it was not written yet, or may have run out.
+	leaseUnknown leaseState = iota
+	// leaseHeld: it was there at the last beat.
+	leaseHeld
+	// leaseNoBucket: the deployment has no bucket PRESENCE, because its broker is of an older version, or because NATS has just lost what it had in memory. Places are counted on this edge alone.
+	leaseNoBucket
+)
+
+// place is one user's places in one session, as far as this edge has them.
+type place struct {
+	user user
+	// turn is held by who reads and writes the user's record; record is theirs.
+	turn   chan struct{}
+	record placesRecord
+
+	// Guarded by presence.mu.
+	held    int       // connections here
+	refs    int       // who has the place in hand
+	written time.Time // the record was last
+}
+
+func newPresence(l *JetStreamLog) *presence {
+	return &presence{
+		log: l, logger: l.logger, holder: newHolder(l.edge), metrics: newPresenceMetrics(l.cfg.Metrics), places: map[user]*place{}, dirty: map[*place]bool{},
+		beatNow: make(chan struct{}, 1), tidyNow: make(chan struct{}, 1), beating: make(chan struct{}, 1),
+	}
+}
 
 // Enter implements [Log].
-func (l *JetStreamLog) Enter(_ context.Context, id schema.SessionID, subject string, limit int) (func(), error) {
+func (l *JetStreamLog) Enter(ctx context.Context, id schema.SessionID, subject string, limit int) (func(), error) {
 	if limit <= 0 {
 		return func() {}, nil
 	}
-	p, u := l.presence, user{id, subject}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.places[u] >= limit {
+	held, cancel := context.WithTimeout(ctx, enterWithin)
+	defer cancel()
+	leave, err := l.presence.enter(held, user{id, subject}, limit)
+	switch {
+	case err == nil:
+		return leave, nil
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case schema.CodeOf(err) == schema.Code_CODE_TOO_MANY_CONNECTIONS:
+		l.presence.metrics.refused.Inc()
+		return nil, err
+	case schema.CodeOf(err) == schema.Code_CODE_GOING_AWAY:
+		return nil, err
+	}
+	r := schema.Refuse(schema.Code_CODE_UNAVAILABLE, "How many connections the user has to session %s cannot be told, because NATS does not answer; try again in a moment.", id)
+	r.Err = err
+	return nil, r
+}
+
+// enter takes a place, in at most as long as ctx lasts. An error other than too_many_connections and going_away says why it is not known whether there is one.
+func (p *presence) enter(ctx context.Context, u user, limit int) (leave func(), err error) {
+	pl := p.take(u)
+	if pl == nil {
+		return nil, schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge is stopping; connect to session %s through another.", u.session)
+	}
+	defer p.drop(pl)
+	select {
+	case pl.turn <- struct{}{}:
+		defer func() { <-pl.turn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	n := p.heldBy(pl)
+	if n >= limit {
 		return nil, tooManyConnections(u, limit)
 	}
-	p.places[u]++
+	// Who leaves from here on marks the place dirty, and it is written once more.
+	err = p.whileLeased(ctx, func() error { return p.write(ctx, pl, n+1, limit) })
+	switch {
+	case errors.Is(err, errNoBucket):
+		// Counted here only.
+	case schema.CodeOf(err) == schema.Code_CODE_TOO_MANY_CONNECTIONS:
+		return nil, err
+	case err != nil:
+		// The record may have been written for all that.
+		p.soil(pl)
+		return nil, err
+	}
+	p.add(pl, 1)
 	return sync.OnceFunc(func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if p.places[u]--; p.places[u] == 0 {
-			delete(p.places, u)
-		}
+		p.add(pl, -1)
+		p.soil(pl)
+		signal(p.tidyNow)
 	}), nil
+}
+
+// take finds a user's place, or makes one, and keeps it until it is dropped; nil once the log is closed.
+func (p *presence) take(u user) *place {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil
+	}
+	pl := p.places[u]
+	if pl == nil {
+		pl = &place{user: u, turn: make(chan struct{}, 1)}
+		p.places[u] = pl
+	}
+	pl.refs++
+	return pl
+}
+
+// drop is the end of a take. A place that says nothing any more is forgotten.
+func (p *presence) drop(pl *place) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if pl.refs--; pl.refs == 0 && pl.held == 0 && !p.dirty[pl] {
+		delete(p.places, pl.user)
+	}
+}
+
+func (p *presence) heldBy(pl *place) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return pl.held
+}
+
+func (p *presence) add(pl *place, n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	pl.held += n
+	p.metrics.places.Add(float64(n))
+}
+
+// soil marks a place whose record has to be written. It stays until that is done.
+func (p *presence) soil(pl *place) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dirty[pl] = true
+}
+
+// whileLeased calls fn while the edge has its lease, which at first is for it to wait for. The error is errNoBucket where there is nothing to have a lease in, or fn's.
+func (p *presence) whileLeased(ctx context.Context, fn func() error) error {
+	var retry backoff
+	for {
+		p.mu.Lock()
+		state := p.state
+		p.mu.Unlock()
+		switch state {
+		case leaseHeld:
+			err := fn()
+			if errors.Is(err, errNoBucket) {
+				p.lose(leaseNoBucket)
+				signal(p.beatNow)
+			}
+			return err
+		case leaseNoBucket:
+			return errNoBucket
+		case leaseUnknown:
+		}
+		if !retry.wait(ctx, errNotStored) {
+			return ctx.Err()
+		}
+	}
+}
+
+// lose notes that the lease is not there. What was read of the bucket's records is void.
+func (p *presence) lose(state leaseState) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if state == leaseNoBucket && p.state != leaseNoBucket && !p.closed {
+		p.logger.Warn("the deployment has no bucket for the presence of users; until a broker makes it, their connections are counted on each edge by itself", "bucket", presenceBucket)
+	}
+	if p.state == leaseHeld {
+		p.metrics.leasesLost.Inc()
+	}
+	p.lost++
+	p.state = state
+}
+
+// run keeps the lease and the records until ctx ends.
+func (p *presence) run(ctx context.Context) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { p.tidyAll(ctx) })
+	for {
+		pause := edgeBeatEvery
+		if err := p.beatOnce(ctx); err != nil {
+			pause = edgeBeatAgain
+		}
+		p.soilOld(time.Now().Add(-placesRefresh))
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-p.beatNow:
+			t.Stop()
+			// Whoever found the bucket missing was not alone.
+			if !sleep(ctx, edgeBeatAgain) {
+				return
+			}
+		case <-ctx.Done():
+			t.Stop()
+			return
+		}
+	}
+}
+
+// beatOnce writes the edge's lease. Where it is not the one that was written before, everything the edge has is written again.
+func (p *presence) beatOnce(ctx context.Context) error {
+	select {
+	case p.beating <- struct{}{}:
+		defer func() { <-p.beating }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	p.mu.Lock()
+	closed, again := p.closed, p.state != leaseHeld
+	p.mu.Unlock()
+	if closed {
+		return nil
+	}
+	rev, err := p.putLease(ctx, p.beat)
+	if isConflict(err) {
+		// It ran out, or NATS lost the bucket and has another, or the acknowledgement of the beat before was lost. Nobody else writes it.
+		p.lose(leaseUnknown)
+		again = true
+		rev, err = p.putLease(ctx, 0)
+	}
+	switch {
+	case errors.Is(err, errNoBucket):
+		p.beat = 0
+		p.lose(leaseNoBucket)
+		return err
+	case err != nil:
+		return err
+	}
+	p.beat = rev
+	p.mu.Lock()
+	p.state = leaseHeld
+	if again {
+		for _, pl := range p.places {
+			p.dirty[pl] = true
+		}
+	}
+	p.mu.Unlock()
+	signal(p.tidyNow)
+	return nil
+}
+
+// soilOld marks the places whose records were last written before t, so that they do not run out.
+func (p *presence) soilOld(t time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, pl := range p.places {
+		if pl.held > 0 && pl.written.Before(t) {
+			p.dirty[pl] = true
+		}
+	}
+}
+
+// tidyAll brings records to what is held, whenever there are some that may not say it.
+func (p *presence) tidyAll(ctx context.Context) {
+	for {
+		select {
+		case <-p.tidyNow:
+		case <-ctx.Done():
+			return
+		}
+		var wg sync.WaitGroup
+		room := make(chan struct{}, maxTidying)
+		for _, pl := range p.takeDirty() {
+			room <- struct{}{}
+			wg.Go(func() {
+				defer func() { <-room }()
+				defer p.drop(pl)
+				if err := p.tidy(ctx, pl); err != nil {
+					// The next beat that succeeds has it tried again.
+					p.soil(pl)
+				}
+			})
+		}
+		wg.Wait()
+	}
+}
+
+func (p *presence) takeDirty() []*place {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state != leaseHeld || p.closed {
+		return nil
+	}
+	for pl := range p.dirty {
+		pl.refs++
+	}
+	return slices.Collect(maps.Keys(p.dirty))
+}
+
+// tidy writes what is held of one place.
+func (p *presence) tidy(ctx context.Context, pl *place) error {
+	ctx, cancel := context.WithTimeout(ctx, enterWithin)
+	defer cancel()
+	select {
+	case pl.turn <- struct{}{}:
+		defer func() { <-pl.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	p.mu.Lock()
+	n := pl.held
+	delete(p.dirty, pl)
+	p.mu.Unlock()
+	return p.whileLeased(ctx, func() error { return p.write(ctx, pl, n, 0) })
+}
+
+// close takes no more places and gives the edge's lease back, and with it all its places. It waits for NATS at most as long as ctx lasts.
+func (p *presence) close(ctx context.Context) {
+	p.mu.Lock()
+	again := p.closed
+	p.closed = true
+	p.mu.Unlock()
+	select {
+	case p.beating <- struct{}{}:
+		defer func() { <-p.beating }()
+	case <-ctx.Done():
+		return
+	}
+	if p.beat == 0 || again || !p.log.conn.IsConnected() {
+		return
+	}
+	// A beat whose caller gave up was sent before this on the same connection, so it cannot bring the lease back.
+	if err := p.removeLease(ctx); err != nil {
+		p.logger.Warn("the places of this edge's users are free only when its lease runs out", "in", edgeLeaseTTL, "error", err)
+	}
+}
+
+// signal leaves a token where there is none.
+func signal(ch chan<- struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// presenceMetrics are presence's, as Prometheus counts them.
+type presenceMetrics struct {
+	places     prometheus.Gauge
+	refused    prometheus.Counter
+	leasesLost prometheus.Counter
+}
+
+func newPresenceMetrics(r prometheus.Registerer) *presenceMetrics {
+	m := &presenceMetrics{
+		places: prometheus.NewGauge(prometheus.GaugeOpts{
+			Namespace: "tidemark", Subsystem: "presence", Name: "places", Help: "Places in sessions that users hold by their connections to this edge.",
+		}),
+		refused: prometheus.NewCounter(prometheus.CounterOpts{
+			Namespace: "tidemark", Subsystem: "presence", Name: "refused_total", Help: "Connections refused because the user had as many to the session as are allowed.",
+		}),
+		leasesLost: prometheus.NewCounter(prometheus.CounterOpts{
+			Namespace: "tidemark", Subsystem: "presence", Name: "leases_lost_total", Help: "Times that this edge had to write its lease and its users' places again.",
+		}),
+	}
+	if r != nil {
+		r.MustRegister(m.places, m.refused, m.leasesLost)
+	}
+	return m
 }
