@@ -23,8 +23,8 @@ type attachment struct {
 	detach atomic.Bool // the peer wants no more; set by the reader
 	// revoked is why the peer may follow no longer; set by the reader.
 	revoked atomic.Pointer[schema.Refusal]
-	ended  atomic.Bool // its last frame is written, or about to be; set by the writer
-	back   atomic.Bool // what was opened or fetched is there; set by the task, taken by the writer
+	ended   atomic.Bool // its last frame is written, or about to be; set by the writer
+	back    atomic.Bool // what was opened or fetched is there; set by the task, taken by the writer
 
 	// Owned by the task that opens or fetches until back is set, and by the writer otherwise.
 	placed   bool // it holds a place of the user's in the session; see enter
@@ -68,7 +68,9 @@ func (c *conn) attach(m *schema.Attach) error {
 		if channel == 0 {
 			return err
 		}
-		c.reply(errorFrame(schema.AsRefusal(err), channel))
+		r := schema.AsRefusal(err)
+		c.g.refused(r.Code)
+		c.reply(errorFrame(r, channel))
 		return nil
 	}
 	if c.opening == nil {
@@ -92,8 +94,9 @@ func (c *conn) attach(m *schema.Attach) error {
 		a.done()
 		return nil
 	}
+	who := c.principal
 	c.tasks.Go(func() {
-		if a.err = a.enter(); a.err == nil {
+		if a.err = a.enter(who); a.err == nil {
 			a.open()
 		}
 		<-c.opening
@@ -157,6 +160,9 @@ func (c *conn) detached(channel uint32) {
 	a.turn()
 }
 
+// leaving says whether the attachment is about to end: the peer wants no more of it, or may have no more.
+func (a *attachment) leaving() bool { return a.detach.Load() || a.revoked.Load() != nil }
+
 // turn puts the attachment into the writer's queue, unless it is there. It is the follower's Wake: called from the tail, it does not block.
 func (a *attachment) turn() {
 	if a.queued.Swap(true) {
@@ -189,7 +195,7 @@ func (a *attachment) fetch() {
 			// The tail should have it by now. If it has not, the next read waits a little.
 			a.dry = true
 			return
-		case a.c.ctx.Err() != nil, a.detach.Load(), a.err != nil && schema.CodeOf(a.err) != schema.Code_CODE_UNAVAILABLE:
+		case a.c.ctx.Err() != nil, a.leaving(), a.err != nil && schema.CodeOf(a.err) != schema.Code_CODE_UNAVAILABLE:
 			return
 		}
 		t := time.NewTimer(wait)

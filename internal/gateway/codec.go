@@ -84,6 +84,7 @@ const (
 	ackLast      protowire.Number = 3
 	ackDuplicate protowire.Number = 4
 	ackEpoch     protowire.Number = 5
+	ackReplaced  protowire.Number = 6
 )
 
 // events copies the stored envelopes as they are: they are records of field 15 in the log's frames and in Events alike.
@@ -156,6 +157,9 @@ func (protoCodec) published(w *writer, run []*pending) {
 		if r.Duplicate {
 			size += sizeUint(ackDuplicate, 1)
 		}
+		if r.Replaced {
+			size += sizeUint(ackReplaced, 1)
+		}
 		out = protowire.AppendTag(out, publishedAcks, protowire.BytesType)
 		out = protowire.AppendVarint(out, uint64(size))
 		out = appendUint(out, ackID, p.id)
@@ -165,6 +169,9 @@ func (protoCodec) published(w *writer, run []*pending) {
 			out = appendUint(out, ackDuplicate, 1)
 		}
 		out = appendString(out, ackEpoch, epoch)
+		if r.Replaced {
+			out = appendUint(out, ackReplaced, 1)
+		}
 	}
 	body := len(out) - from
 	var room [1 + 10]byte

@@ -42,6 +42,9 @@ func (c *conn) rejectUnknown(msg []byte, why error) bool {
 		}
 	}
 	if p := c.admit(f.GetPublish().GetPublishId(), len(msg)); p != nil {
+		if err := c.spend(len(f.GetPublish().GetEnvelopes()), p.came); err != nil {
+			r = schema.AsRefusal(err)
+		}
 		p.answer(broker.Receipt{}, r)
 	}
 	return true
@@ -124,6 +127,7 @@ func (p protoJSONCodec) published(w *writer, run []*pending) {
 	for _, r := range run {
 		m.Acks = append(m.Acks, &schema.Ack{
 			PublishId: r.id, FirstSeq: r.receipt.First, LastSeq: r.receipt.Last, Duplicate: r.receipt.Duplicate, Epoch: r.epochToTell(),
+			Replaced: r.receipt.Replaced,
 		})
 	}
 	p.frame(w, &schema.ServerFrame{Frame: &schema.ServerFrame_Published{Published: m}})

@@ -44,6 +44,7 @@ func TestWireFieldNumbers(t *testing.T) {
 		{&schema.Ack{}, "last_seq", ackLast},
 		{&schema.Ack{}, "duplicate", ackDuplicate},
 		{&schema.Ack{}, "epoch", ackEpoch},
+		{&schema.Ack{}, "replaced", ackReplaced},
 	} {
 		d := c.m.ProtoReflect().Descriptor()
 		if f := d.Fields().ByName(c.name); f == nil || f.Number() != c.num {

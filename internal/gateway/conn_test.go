@@ -23,7 +23,7 @@ func TestHello(t *testing.T) {
 			m.GetPrincipal().GetSubject() != "somebody" || m.GetPrincipal().GetRole() != schema.Role_ROLE_AGENT {
 			t.Errorf("the welcome says %v", m)
 		}
-		limits := &schema.Limits{MaxEnvelopeBytes: 1 << 20, MaxPublishEnvelopes: 1000, MaxAttachedSessions: 1000, MaxFrameBytes: 1<<20 + 4<<10}
+		limits := &schema.Limits{MaxEnvelopeBytes: 1 << 20, MaxPublishEnvelopes: 1000, MaxAttachedSessions: 1000, MaxFrameBytes: 1<<20 + 4<<10, MaxInFlightBytes: 4 << 20}
 		if !proto.Equal(m.GetLimits(), limits) {
 			t.Errorf("the welcome's limits are %v, want %v", m.GetLimits(), limits)
 		}

@@ -511,7 +511,7 @@ func TestMaxAttachedSessions(t *testing.T) {
 			open(i + 1)
 		}
 		p.attach(&schema.Attach{Channel: 5000, Session: "one more"})
-		p.wantError(5000, schema.Code_CODE_LIMIT_EXCEEDED, "at most 1000")
+		p.wantError(5000, schema.Code_CODE_TOO_MANY_SESSIONS, "at most 1000")
 		// What ends makes room, for ever.
 		for i := range uint32(3 * schema.MaxAttachedSessions) {
 			p.detach(i + 1)

@@ -23,6 +23,8 @@ func (c *conn) receive(f *schema.ClientFrame, size int) error {
 			return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "A detach needs the channel of an attachment.")
 		}
 		c.detached(m.Detach.GetChannel())
+	case *schema.ClientFrame_Refresh:
+		return c.refresh(m.Refresh.GetToken())
 	case *schema.ClientFrame_Ping:
 		if n := len(m.Ping.GetData()); n > maxPingBytes {
 			return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The ping carries %d bytes; at most %d are allowed.", n, maxPingBytes)
@@ -55,17 +57,22 @@ func (c *conn) hello(m *schema.Hello) error {
 			return err
 		}
 		c.identify(p)
+		c.watch()
 	}
 	status := c.g.cfg.Log.Status()
+	limits := &c.g.cfg.Limits
 	c.reply(&schema.ServerFrame{Frame: &schema.ServerFrame_Welcome{Welcome: &schema.Welcome{
 		Edge: status.Edge, Version: c.g.cfg.Version, Durability: status.Durability,
 		Limits: &schema.Limits{
 			MaxEnvelopeBytes:    uint32(min(schema.MaxEnvelopeBytes, status.MaxEnvelopeBytes)),
 			MaxPublishEnvelopes: schema.MaxPublishEnvelopes,
-			MaxAttachedSessions: schema.MaxAttachedSessions,
+			MaxAttachedSessions: uint32(limits.Sessions),
 			MaxFrameBytes:       schema.MaxFrameBytes,
+			EnvelopesPerSecond:  c.rate.PerSecond, BurstEnvelopes: uint32(c.rate.Burst),
+			MaxConnectionsPerSession: uint32(limits.connections(c.principal.Role)),
+			MaxInFlightBytes:         uint32(c.g.cfg.MaxInFlightBytes),
 		},
-		Principal: c.principal.Source(), Tenant: c.principal.Tenant,
+		Principal: c.principal.Source(), Tenant: c.principal.Tenant, Expires: expiresOf(c.principal),
 	}}})
 	return nil
 }

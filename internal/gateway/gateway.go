@@ -59,6 +59,8 @@ type Config struct {
 	// [DefaultMaxInFlightBytes].
 	MaxInFlight      int
 	MaxInFlightBytes int
+	// Limits bound what one client may do. The zero value is no limit but those above.
+	Limits Limits
 
 	// Logger gets what happens to connections, never what they carry. Default: discarded.
 	Logger *slog.Logger
@@ -80,7 +82,7 @@ func (c *Config) validate() error {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	return nil
+	return c.Limits.validate()
 }
 
 func defaultTo[T comparable](v *T, d T) {
@@ -95,6 +97,9 @@ type Gateway struct {
 	// Static after construction.
 	cfg     Config
 	metrics *metrics
+
+	// calls are the rates of those who call without a connection.
+	calls buckets
 
 	mu    sync.Mutex // guards all below
 	conns map[*conn]struct{}
@@ -126,6 +131,7 @@ func (g *Gateway) Serve(ctx context.Context, p Peer) error {
 	defer c.stop()
 	if err := g.admit(c); err != nil {
 		g.metrics.closes.WithLabelValues(schema.CodeOf(err).Word()).Inc()
+		g.refused(schema.CodeOf(err))
 		r := schema.AsRefusal(err)
 		p.Transport.Close(r.Code, r.Message)
 		return err
@@ -135,6 +141,9 @@ func (g *Gateway) Serve(ctx context.Context, p Peer) error {
 	end := c.run()
 	g.metrics.connections.WithLabelValues(protocol).Dec()
 	g.metrics.closes.WithLabelValues(end.word()).Inc()
+	if end.refusal != nil {
+		g.refused(end.refusal.Code)
+	}
 	c.logged(end, began)
 	g.forget(c)
 	return end.err()
@@ -162,11 +171,15 @@ func (g *Gateway) admit(c *conn) error {
 // Admits is nil while the gateway takes connections, otherwise a refusal with going_away or limit_exceeded: for transports that can say so before the connection is made.
 func (g *Gateway) Admits() error {
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.admits()
+	err := g.admits()
+	g.mu.Unlock()
+	if err != nil {
+		g.refused(schema.CodeOf(err))
+	}
+	return err
 }
 
-// admits is Admits. The caller holds mu.
+// admits is Admits, not counted. The caller holds mu.
 func (g *Gateway) admits() error {
 	if g.draining != nil {
 		return g.draining
@@ -189,7 +202,10 @@ func (g *Gateway) forget(c *conn) {
 
 // Ready is nil while the gateway takes connections, its log is ready and tokens can be verified, otherwise a refusal that says why not: for readiness checks.
 func (g *Gateway) Ready() error {
-	if err := g.Admits(); err != nil {
+	g.mu.Lock()
+	err := g.admits()
+	g.mu.Unlock()
+	if err != nil {
 		return err
 	}
 	if s := g.cfg.Log.Status(); !s.Ready {

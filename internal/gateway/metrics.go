@@ -8,7 +8,7 @@ import (
 	"tidemark/schema"
 )
 
-// metrics are what the gateway counts. Label values are closed sets: protocols, and the words of codes.
+// metrics are what the gateway counts. Label values are closed sets: protocols, limits, and the words of codes.
 type metrics struct {
 	connections  *prometheus.GaugeVec
 	attachments  prometheus.Gauge
@@ -18,6 +18,9 @@ type metrics struct {
 	bytesOut     prometheus.Counter
 	rejects      *prometheus.CounterVec
 	closes       *prometheus.CounterVec
+	// limits are the counters of exceeded, by [Limit]: looked up once, because a client that is over its rate makes us count at its own.
+	exceeded *prometheus.CounterVec
+	limits   [len(limitWords)]prometheus.Counter
 	// fetches counts the times that a follower was behind the tail and read the log: the fallback of a slow reader (I8).
 	fetches        prometheus.Counter
 	publishSeconds prometheus.Histogram
@@ -46,18 +49,24 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		closes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: "tidemark", Subsystem: "gateway", Name: "closed_connections_total", Help: "Connections that ended, by reason.",
 		}, []string{"reason"}),
+		exceeded: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Namespace: "tidemark", Subsystem: "gateway", Name: "limits_exceeded_total", Help: "Times that a client hit a limit, by limit.",
+		}, []string{"limit"}),
 		publishSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Namespace: "tidemark", Subsystem: "gateway", Name: "publish_seconds", Help: "Time from a publish's arrival until its answer is written.",
 			// From what memory takes to what a log that is away takes.
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
 		}),
 	}
+	for l, word := range limitWords {
+		m.limits[l] = m.exceeded.WithLabelValues(word)
+	}
 	if r == nil {
 		return m, nil
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.connections, m.attachments, m.envelopesIn, m.envelopesOut, m.bytesIn, m.bytesOut, m.rejects, m.closes, m.fetches, m.publishSeconds,
+		m.connections, m.attachments, m.envelopesIn, m.envelopesOut, m.bytesIn, m.bytesOut, m.rejects, m.closes, m.exceeded, m.fetches, m.publishSeconds,
 	} {
 		errs = append(errs, r.Register(c))
 	}

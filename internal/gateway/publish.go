@@ -120,7 +120,10 @@ type pending struct {
 
 // admit waits until the bounds in flight leave room for a publish of this size, and counts it; nil where the connection ended meanwhile. Called by the reader, before any work is done.
 func (c *conn) admit(id uint64, size int) *pending {
-	for c.inFlight.Load() >= int64(c.g.cfg.MaxInFlight) || c.inFlightBytes.Load() >= int64(c.g.cfg.MaxInFlightBytes) {
+	for full := false; c.inFlight.Load() >= int64(c.g.cfg.MaxInFlight) || c.inFlightBytes.Load() >= int64(c.g.cfg.MaxInFlightBytes); full = true {
+		if !full {
+			c.g.Exceeded(LimitInFlight)
+		}
 		if !c.waitForRoom() {
 			return nil
 		}
@@ -130,6 +133,20 @@ func (c *conn) admit(id uint64, size int) *pending {
 	p := &pending{c: c, id: id, size: size, came: time.Now()}
 	p.Done = p.answer
 	return p
+}
+
+// drop takes a publish that will not be answered out of what is in flight. Called by the reader instead of handing it on.
+func (c *conn) drop(p *pending) {
+	c.inFlight.Add(-1)
+	c.inFlightBytes.Add(-int64(p.size))
+}
+
+// mayPublish checks that the peer's role may publish this type: forbidden.
+func (c *conn) mayPublish(kind schema.Kind) error {
+	if c.kinds.has(kind) {
+		return nil
+	}
+	return AuthorizeType(c.principal, kind)
 }
 
 // answer takes the log's answer. It may be called from anywhere, once, and does not block.
@@ -166,11 +183,15 @@ func (c *conn) publishEncoded(body []byte) error {
 	if p == nil {
 		return nil
 	}
+	n := len(r.envelopes)
+	if err := c.spend(n, p.came); err != nil {
+		p.answer(broker.Receipt{}, err)
+		return nil
+	}
 	if err := c.aim(p, r.session, r.channel); err != nil {
 		p.answer(broker.Receipt{}, err)
 		return nil
 	}
-	n := len(r.envelopes)
 	if n == 0 || n > schema.MaxPublishEnvelopes {
 		p.answer(broker.Receipt{}, wrongCount(n))
 		return nil
@@ -181,6 +202,9 @@ func (c *conn) publishEncoded(body []byte) error {
 	}
 	for _, raw := range r.envelopes {
 		a, err := c.stamp.Accept(raw, p.came)
+		if err == nil {
+			err = c.mayPublish(a.Kind)
+		}
 		if err != nil {
 			p.answer(broker.Receipt{}, err)
 			return nil
@@ -198,17 +222,24 @@ func (c *conn) publishDecoded(m *schema.Publish, size int) {
 	if p == nil {
 		return
 	}
+	n := len(m.GetEnvelopes())
+	if err := c.spend(n, p.came); err != nil {
+		p.answer(broker.Receipt{}, err)
+		return
+	}
 	if err := c.aim(p, []byte(m.GetSession()), m.GetChannel()); err != nil {
 		p.answer(broker.Receipt{}, err)
 		return
 	}
-	n := len(m.GetEnvelopes())
 	if n == 0 || n > schema.MaxPublishEnvelopes {
 		p.answer(broker.Receipt{}, wrongCount(n))
 		return
 	}
 	for _, e := range m.GetEnvelopes() {
 		a, err := c.stamp.AcceptEnvelope(e, p.came)
+		if err == nil {
+			err = c.mayPublish(a.Kind)
+		}
 		if err != nil {
 			p.answer(broker.Receipt{}, err)
 			return

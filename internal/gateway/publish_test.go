@@ -141,25 +141,6 @@ func TestRejected(t *testing.T) {
 	}
 }
 
-func TestRolesThatMayNotPublish(t *testing.T) {
-	bubble(t, nil, func(w *world) {
-		for _, role := range []string{"user", "agent", "worker", "analyst", "admin"} {
-			p := w.connect(principal(role, "s-*"))
-			p.token(1, "s-"+role, "hi")
-			if role == "analyst" {
-				p.wantRejected(1, schema.Code_CODE_FORBIDDEN, "analyst may not publish")
-			} else {
-				p.wantAck(1, 1, 1)
-			}
-			p.token(2, "other", "hi")
-			p.wantRejected(2, schema.Code_CODE_FORBIDDEN, "")
-			p.attach(&schema.Attach{Channel: 1, Session: "s-user"})
-			p.wantAttached(1, 1)
-			p.cancel()
-		}
-	})
-}
-
 // TestPublishInUnusualEncoding: what is not encoded as every client does it means the same.
 func TestPublishInUnusualEncoding(t *testing.T) {
 	encode := func(m proto.Message) []byte {

@@ -178,6 +178,7 @@ func (w *writer) answer() {
 		if n == 0 {
 			p := w.answered[i]
 			m.rejected(p.refusal.Code)
+			w.c.g.refused(p.refusal.Code)
 			w.c.codec.rejected(w, p)
 			n = 1
 		} else {
@@ -319,7 +320,7 @@ func (w *writer) turn(a *attachment) {
 		a.phase = live
 		w.fetchNext()
 		switch {
-		case a.detach.Load():
+		case a.leaving():
 		case a.err != nil:
 			w.ended(a, a.err)
 			return
@@ -342,6 +343,10 @@ func (w *writer) turn(a *attachment) {
 	}
 	if a.detach.Load() {
 		w.ended(a, nil)
+		return
+	}
+	if r := a.revoked.Load(); r != nil {
+		w.ended(a, r)
 		return
 	}
 	if a.phase == waiting {
@@ -454,6 +459,8 @@ func (w *writer) ended(a *attachment, err error) {
 	case a.channel == 0:
 		w.c.fail(err)
 	default:
-		w.c.codec.frame(w, errorFrame(schema.AsRefusal(err), a.channel))
+		r := schema.AsRefusal(err)
+		w.c.g.refused(r.Code)
+		w.c.codec.frame(w, errorFrame(r, a.channel))
 	}
 }
