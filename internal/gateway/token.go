@@ -12,10 +12,10 @@ import (
 // watch ends the connection when its token is no longer accepted. Called by the reader, once the peer is known.
 func (c *conn) watch() {
 	c.expiry = nil
-	if c.principal.Expires.IsZero() {
+	until := c.principal.Until
+	if until.IsZero() {
 		return
 	}
-	until := c.principal.Expires.Add(auth.DefaultLeeway)
 	c.expiry = time.AfterFunc(time.Until(until), func() {
 		c.fail(schema.Refuse(schema.Code_CODE_TOKEN_EXPIRED, "The connection's token expired; come again with a new one, from the last seq seen. A refresh before would have kept the connection."))
 	})
