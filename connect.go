@@ -78,7 +78,7 @@ func (f *connectFlags) connectDirectly(ctx context.Context, env *environment) (*
 	p.ctx, p.fail = context.WithCancelCause(context.WithoutCancel(ctx))
 	l := newPipeListener()
 	flags := &edgeFlags{HoldFor: 10 * time.Second, QueueMB: 64, TailMB: 32, Warm: time.Second, MaxSocket: 16}
-	core, err := p.startCore(f.server(env, "cli"), flags, secret, newRegistry())
+	core, err := p.startCore(f.server(env, "cli"), flags, auth.Config{Secret: secret}, newRegistry())
 	if err == nil {
 		err = p.startEdges(core, flags, nil, l)
 	}

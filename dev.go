@@ -26,6 +26,7 @@ type devCommand struct {
 	MaxAge time.Duration `default:"720h" help:"How long envelopes are kept."`
 	Page   bool          `default:"true" negatable:"" help:"Serve the page to look at sessions with at /."`
 	ipcFlags
+	jwksFlags
 	edgeFlags
 }
 
@@ -41,6 +42,12 @@ func (c *devCommand) Run(ctx context.Context, env *environment) error {
 		if err := checkLoopback(listener[0], listener[1]); err != nil {
 			return err
 		}
+	}
+	if err := c.check(); err != nil {
+		return err
+	}
+	if c.IPC && c.JWKS != "" {
+		return usage("--ipc serves whoever has the token of its file, and --jwks those whom others vouch for; choose one")
 	}
 	return serve(ctx, env, c.start)
 }
@@ -85,9 +92,9 @@ func (c *devCommand) start(p *process) error {
 	p.settle(b.Ready)
 	var core *core
 	if local != nil {
-		core, err = p.startCoreFor(n.nats, &c.edgeFlags, local.verify, ipcHelloWithin, metrics)
+		core, err = p.startCoreFor(n.nats, &c.edgeFlags, bearers{verify: local.verify, hello: ipcHelloWithin}, metrics)
 	} else {
-		core, err = p.startCore(n.nats, &c.edgeFlags, n.secret, metrics)
+		core, err = p.startCore(n.nats, &c.edgeFlags, c.beside(n.secret), metrics)
 	}
 	if err != nil {
 		return err
@@ -96,7 +103,13 @@ func (c *devCommand) start(p *process) error {
 	if err := p.startEdges(core, &c.edgeFlags, overHTTP, overGRPC); err != nil {
 		return err
 	}
-	p.settle(core.gateway.Ready)
+	// The keys of a JWKS are not waited for: without them the tokens that dev prints are good all the same.
+	p.settle(func() error {
+		if s := core.log.Status(); !s.Ready {
+			return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "%s", s.Reason)
+		}
+		return nil
+	})
 	if p.ctx.Err() != nil {
 		return nil // it failed, or was stopped, before it was ready
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -87,9 +88,78 @@ func (f *secretFlags) secret(dataDir string) ([]byte, error) {
 	}
 	secret, err := auth.ReadSecret(secretFile(dataDir))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("there is no secret for tokens: set TIDEMARK_SECRET, or name a --secret-file, or the --data-dir of a node that `tidemark dev` or `tidemark broker --embedded` has started (looked in %s)", dataDir)
+		return nil, noSecretError{dataDir}
 	}
 	return secret, err
+}
+
+// noSecretError: there is no secret where it is by default.
+type noSecretError struct{ dataDir string }
+
+func (e noSecretError) Error() string {
+	return fmt.Sprintf("there is no secret for tokens: set TIDEMARK_SECRET, or name a --secret-file, or the --data-dir of a node that `tidemark dev` or `tidemark broker --embedded` has started (looked in %s)", e.dataDir)
+}
+
+// Is makes it one of a file that is not there.
+func (noSecretError) Is(err error) bool { return err == os.ErrNotExist }
+
+// keySource is a file or a URL, which may hold what is not for everybody's eyes.
+type keySource string
+
+// String is the source as it may be shown.
+func (s keySource) String() string {
+	if !strings.Contains(string(s), "://") {
+		return string(s)
+	}
+	u, err := url.Parse(string(s))
+	if err != nil {
+		return "(not a URL)"
+	}
+	if u.RawQuery != "" {
+		u.RawQuery = "xxxxx"
+	}
+	return u.Redacted()
+}
+
+// jwksFlags say whose tokens are believed beside those signed with the secret.
+type jwksFlags struct {
+	JWKS     keySource `name:"jwks" placeholder:"FILE|URL" help:"JWKS with the public keys of tokens signed with RS256, ES256 or EdDSA; read again when it changes."`
+	Issuer   string    `placeholder:"TEXT" help:"What 'iss' must be in tokens signed with a key of the JWKS. Default: anything."`
+	Audience string    `placeholder:"TEXT" help:"What 'aud' must hold in tokens signed with a key of the JWKS. Default: anything."`
+}
+
+// check refuses as wrong usage what says nothing. It is not named Validate: kong would then find two of that name in dev, and call neither.
+func (f *jwksFlags) check() error {
+	switch scheme, _, isURL := strings.Cut(string(f.JWKS), "://"); {
+	case f.JWKS == "" && (f.Issuer != "" || f.Audience != ""):
+		return usage("--issuer and --audience are of tokens signed with keys of a JWKS; name it with --jwks")
+	case isURL && scheme != "https" && scheme != "http":
+		return usage("--jwks takes a file or a URL that begins with https:// or http://")
+	}
+	return nil
+}
+
+// beside says which tokens to believe: those that the flags name, and those signed with the secret, unless that is empty.
+func (f *jwksFlags) beside(secret []byte) auth.Config {
+	return auth.Config{Secret: secret, JWKS: string(f.JWKS), Issuer: f.Issuer, Audience: f.Audience}
+}
+
+// tokenFlags are those of a process that is an edge alone.
+type tokenFlags struct {
+	secretFlags
+	jwksFlags
+}
+
+// believed says which tokens to believe. With a JWKS one can do without a secret; one that is there counts all the same.
+func (f *tokenFlags) believed(dataDir string) (auth.Config, error) {
+	if err := f.check(); err != nil {
+		return auth.Config{}, err
+	}
+	secret, err := f.secret(dataDir)
+	if f.JWKS != "" && f.Secret == "" && f.SecretFile == "" && errors.Is(err, os.ErrNotExist) {
+		secret, err = nil, nil
+	}
+	return f.beside(secret), err
 }
 
 // edgeFlags bound what an edge holds, and say whom it serves.
@@ -123,18 +193,41 @@ type core struct {
 }
 
 // startCore opens the log and runs it until the process ends.
-func (p *process) startCore(s broker.Server, f *edgeFlags, secret []byte, metrics *prometheus.Registry) (*core, error) {
-	v, err := auth.NewVerifier(auth.Config{Secret: secret})
+func (p *process) startCore(s broker.Server, f *edgeFlags, believed auth.Config, metrics *prometheus.Registry) (*core, error) {
+	believed.Logger, believed.Metrics = p.env.log, metrics
+	v, err := auth.NewVerifier(believed)
 	if err != nil {
 		return nil, err
 	}
-	return p.startCoreFor(s, f, v.Verify, 0, metrics)
+	c, err := p.startCoreFor(s, f, bearers{verify: v.Verify, ready: v.Ready}, metrics)
+	if err != nil || believed.JWKS == "" {
+		return c, err
+	}
+	running, stop := context.WithCancel(context.WithoutCancel(p.ctx))
+	over := make(chan struct{})
+	p.run("reader of keys for tokens", func() error {
+		defer close(over)
+		return v.Run(running)
+	})
+	p.onStop("reader of keys for tokens", closeWithin, func(context.Context) error {
+		stop()
+		<-over
+		return nil
+	})
+	return c, nil
 }
 
-// startCoreFor is startCore for bearers whom verify knows. A connection without a token has so long for its hello; 0 is the gateway's default.
-func (p *process) startCoreFor(
-	s broker.Server, f *edgeFlags, verify func(token string) (*auth.Principal, error), hello time.Duration, metrics *prometheus.Registry,
-) (*core, error) {
+// bearers are whom a core serves: those whose tokens verify accepts.
+type bearers struct {
+	verify func(token string) (*auth.Principal, error)
+	// ready is nil while it can judge them; nil itself where it always can.
+	ready func() error
+	// hello is how long a connection without a token has for its hello; 0 is the gateway's default.
+	hello time.Duration
+}
+
+// startCoreFor is startCore for other bearers.
+func (p *process) startCoreFor(s broker.Server, f *edgeFlags, who bearers, metrics *prometheus.Registry) (*core, error) {
 	l, err := broker.Open(broker.Config{
 		Server: s, Edge: f.Edge, HoldFor: f.HoldFor, QueueBytes: int64(f.QueueMB) << 20, TailBytes: f.TailMB << 20, WarmFor: f.Warm, Logger: p.env.log, Metrics: metrics,
 	})
@@ -158,12 +251,12 @@ func (p *process) startCoreFor(
 		grace = -1 // the gateway's word for none
 	}
 	g, err := gateway.New(gateway.Config{
-		Log: l, Verify: verify, HelloTimeout: hello, Version: version(), DrainGrace: grace, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: metrics,
+		Log: l, Verify: who.verify, KeysReady: who.ready, HelloTimeout: who.hello, Version: version(), DrainGrace: grace, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: metrics,
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &core{log: l, gateway: g, verify: verify, metrics: metrics}, nil
+	return &core{log: l, gateway: g, verify: who.verify, metrics: metrics}, nil
 }
 
 // startEdges serves both edges, or the one whose listener is not nil, and drains them together when the process ends.
@@ -220,7 +313,7 @@ type edgeWSCommand struct {
 	HTTP string `name:"http" default:"127.0.0.1:8080" help:"Address for WebSocket and HTTP; port 0 for a free one."`
 	Page bool   `help:"Serve the page to look at sessions with at /."`
 	natsFlags
-	secretFlags
+	tokenFlags
 	edgeFlags
 }
 
@@ -234,7 +327,7 @@ func (c *edgeWSCommand) Run(ctx context.Context, env *environment) error {
 		if err != nil {
 			return err
 		}
-		core, err := c.start(p, &c.natsFlags, &c.secretFlags, "edge-ws")
+		core, err := c.start(p, &c.natsFlags, &c.tokenFlags, "edge-ws")
 		if err != nil {
 			return err
 		}
@@ -252,7 +345,7 @@ type edgeGRPCCommand struct {
 	GRPC string `name:"grpc" default:"127.0.0.1:8081" help:"Address for gRPC, gRPC-Web and Connect; port 0 for a free one."`
 	HTTP string `name:"http" default:"127.0.0.1:8082" help:"Address for /healthz, /readyz and /metrics, or off."`
 	natsFlags
-	secretFlags
+	tokenFlags
 	edgeFlags
 }
 
@@ -270,7 +363,7 @@ func (c *edgeGRPCCommand) Run(ctx context.Context, env *environment) error {
 		if err != nil {
 			return err
 		}
-		core, err := c.start(p, &c.natsFlags, &c.secretFlags, "edge-grpc")
+		core, err := c.start(p, &c.natsFlags, &c.tokenFlags, "edge-grpc")
 		if err != nil {
 			return err
 		}
@@ -284,10 +377,10 @@ func (c *edgeGRPCCommand) Run(ctx context.Context, env *environment) error {
 }
 
 // start starts the core of a process that is an edge alone.
-func (f *edgeFlags) start(p *process, n *natsFlags, s *secretFlags, name string) (*core, error) {
-	secret, err := s.secret(n.DataDir)
+func (f *edgeFlags) start(p *process, n *natsFlags, t *tokenFlags, name string) (*core, error) {
+	believed, err := t.believed(n.DataDir)
 	if err != nil {
 		return nil, err
 	}
-	return p.startCore(n.server(p.env, name), f, secret, newRegistry())
+	return p.startCore(n.server(p.env, name), f, believed, newRegistry())
 }
