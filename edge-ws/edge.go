@@ -144,9 +144,9 @@ func (e *Edge) connect(w http.ResponseWriter, r *http.Request) {
 	e.serve(w, r, peer, subprotocol)
 }
 
-// session serves the session socket.
+// session serves the session socket. Who may not use it is told so first, whatever else is wrong with the request.
 func (e *Edge) session(w http.ResponseWriter, r *http.Request) {
-	if !e.admit(w, r) {
+	if !e.enters(w, r) {
 		return
 	}
 	p, err := e.cfg.Verify(auth.FromRequest(r))
@@ -157,6 +157,9 @@ func (e *Edge) session(w http.ResponseWriter, r *http.Request) {
 	a, err := attachOf(r, p)
 	if err != nil {
 		refuse(w, err)
+		return
+	}
+	if !upgrades(w, r) {
 		return
 	}
 	// A browser that offers subprotocols wants one selected. The only ones that there are here carry a token: the peer's own comes back to it.

@@ -109,10 +109,10 @@ func TestRefusedBeforeTheUpgrade(t *testing.T) {
 			{"page of the same host", "/v1/connect", websocket.DialOptions{HTTPHeader: origin("http://edge"), Subprotocols: proto}, 101, "", ""},
 			{"page that may", "/v1/connect", websocket.DialOptions{HTTPHeader: origin("http://a.example.com"), Subprotocols: proto}, 101, "", ""},
 			{"page that may with its scheme", "/ws?sessionName=s", websocket.DialOptions{HTTPHeader: origin("HTTPS://App.test")}, 101, "", ""},
-			{"page with another scheme", "/ws?sessionName=s", websocket.DialOptions{HTTPHeader: origin("http://app.test")}, 403, "forbidden", "origin"},
-			{"page of another host", "/v1/connect", websocket.DialOptions{HTTPHeader: origin("http://evil.test"), Subprotocols: proto}, 403, "forbidden", "origin"},
-			{"page of no host", "/v1/connect", websocket.DialOptions{HTTPHeader: origin("null"), Subprotocols: proto}, 403, "forbidden", "origin"},
-			{"page that only looks like one", "/v1/connect", websocket.DialOptions{HTTPHeader: origin("http://example.com.evil.test"), Subprotocols: proto}, 403, "forbidden", "origin"},
+			{"page with another scheme", "/ws?sessionName=s", websocket.DialOptions{HTTPHeader: origin("http://app.test")}, 403, "origin_not_allowed", "origin"},
+			{"page of another host", "/v1/connect", websocket.DialOptions{HTTPHeader: origin("http://evil.test"), Subprotocols: proto}, 403, "origin_not_allowed", "origin"},
+			{"page of no host", "/v1/connect", websocket.DialOptions{HTTPHeader: origin("null"), Subprotocols: proto}, 403, "origin_not_allowed", "origin"},
+			{"page that only looks like one", "/v1/connect", websocket.DialOptions{HTTPHeader: origin("http://example.com.evil.test"), Subprotocols: proto}, 403, "origin_not_allowed", "origin"},
 		} {
 			cl, resp, err := w.dial(c.path, &c.opts)
 			if c.status == 101 {
@@ -135,7 +135,7 @@ func TestRefusedBeforeTheUpgrade(t *testing.T) {
 			if err := json.Unmarshal(body, &p); err != nil || p.Error == "" || p.Code != c.code || !strings.Contains(p.Details, c.says) {
 				t.Errorf("%s: the body is %s, %v, want code %q that says %q", c.name, body, err, c.code, c.says)
 			}
-			if c.status == 401 && (p.Error != "Unauthorized" || resp.Header.Get("WWW-Authenticate") != "Bearer") {
+			if (c.status == 401 || c.status == 403) && p.Error != "Unauthorized" || c.status == 401 && resp.Header.Get("WWW-Authenticate") != "Bearer" {
 				t.Errorf("%s: the body is %s, the header %v", c.name, body, resp.Header)
 			}
 			if strings.Contains(string(body), good) || strings.Contains(string(body), expired) {
@@ -153,7 +153,12 @@ func TestRefusedBeforeTheUpgrade(t *testing.T) {
 
 func TestNotAnUpgrade(t *testing.T) {
 	bubble(t, nil, func(w *world) {
-		for path, status := range map[string]int{"/v1/connect": 426, "/ws?sessionName=s": 426, "/nothing": 404} {
+		ws := "/ws?sessionName=s&token="
+		for path, status := range map[string]int{
+			"/v1/connect": 426, ws + w.agentToken(): 426, "/nothing": 404,
+			// Whoever may not use a session hears that first.
+			"/ws?sessionName=s": 401, ws + "x.y.z": 401, ws + token(t, schema.Role_ROLE_USER, "mine"): 403, "/ws?token=" + w.agentToken(): 400,
+		} {
 			resp, err := w.http.Get("http://edge" + path)
 			if err != nil {
 				t.Fatal(err)

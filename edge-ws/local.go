@@ -37,6 +37,7 @@ func (e *Edge) connectOnLoopback(w http.ResponseWriter, r *http.Request) {
 		// There is no page of this server's own that could be meant: where it listens says nothing about who sends.
 		u, err := url.Parse(strings.ToLower(origin))
 		if err != nil || !e.lists(u) {
+			e.cfg.Gateway.Exceeded(gateway.LimitOrigin)
 			refuse(w, schema.Refuse(schema.Code_CODE_ORIGIN_NOT_ALLOWED, "Pages of this origin may not connect; the server's configuration names those that may."))
 			return
 		}

@@ -8,21 +8,33 @@ import (
 	"strconv"
 	"strings"
 
+	"tidemark/internal/gateway"
 	"tidemark/schema"
 )
 
 // admit checks what every upgrade needs, before anything else is looked at; false where it has answered.
 func (e *Edge) admit(w http.ResponseWriter, r *http.Request) bool {
-	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
-		w.Header().Set("Connection", "Upgrade")
-		w.Header().Set("Upgrade", "websocket")
-		answer(w, http.StatusUpgradeRequired, problem{
-			Error: "Upgrade required", Details: "This path speaks WebSocket; send an upgrade request.", Code: schema.Code_CODE_UNSUPPORTED_PROTOCOL.Word(),
-		})
-		return false
+	return upgrades(w, r) && e.enters(w, r)
+}
+
+// upgrades says whether the request is one for a WebSocket; false where it has answered.
+func upgrades(w http.ResponseWriter, r *http.Request) bool {
+	if strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+		return true
 	}
+	w.Header().Set("Connection", "Upgrade")
+	w.Header().Set("Upgrade", "websocket")
+	answer(w, http.StatusUpgradeRequired, problem{
+		Error: "Upgrade required", Details: "This path speaks WebSocket; send an upgrade request.", Code: schema.Code_CODE_UNSUPPORTED_PROTOCOL.Word(),
+	})
+	return false
+}
+
+// enters checks where the request comes from, and whether there is room; false where it has answered.
+func (e *Edge) enters(w http.ResponseWriter, r *http.Request) bool {
 	if !e.mayComeFrom(r) {
-		refuse(w, schema.Refuse(schema.Code_CODE_FORBIDDEN, "Pages of this origin may not connect; the server's configuration names those that may."))
+		e.cfg.Gateway.Exceeded(gateway.LimitOrigin)
+		refuse(w, schema.Refuse(schema.Code_CODE_ORIGIN_NOT_ALLOWED, "Pages of this origin may not connect; the server's configuration names those that may."))
 		return false
 	}
 	if err := e.cfg.Gateway.Admits(); err != nil {
@@ -111,7 +123,12 @@ func refuse(w http.ResponseWriter, err error) {
 		w.Header().Set("Retry-After", "1")
 	default:
 	}
-	answer(w, status, problem{Error: http.StatusText(status), Details: r.Message, Code: r.Code.Word()})
+	title := http.StatusText(status)
+	if status == http.StatusForbidden {
+		// One word for both, which clients test for; the status and the code tell them apart.
+		title = http.StatusText(http.StatusUnauthorized)
+	}
+	answer(w, status, problem{Error: title, Details: r.Message, Code: r.Code.Word()})
 }
 
 func answer(w http.ResponseWriter, status int, body any) {

@@ -25,28 +25,82 @@ type sessionCodec struct{}
 func (sessionCodec) receive(c *conn, msg []byte) error {
 	e, err := schema.ParseJSON(msg)
 	if err != nil {
+		if schema.CodeOf(err) == schema.Code_CODE_UNKNOWN_TYPE && isRefresh(msg) {
+			token, err := refreshToken(msg)
+			if err != nil {
+				return err
+			}
+			return c.refresh(token)
+		}
 		return err
 	}
 	p := c.admit(0, len(msg))
 	if p == nil {
 		return nil
 	}
-	a, err := c.stamp.AcceptEnvelope(e, p.came)
-	if err == nil {
-		err = c.aim(p, nil, 0)
-	}
-	if err != nil {
+	if err := c.sessionEnvelope(p, e); err != nil {
 		// What may not be sent ends this connection, once all that came before it is answered. This one is not in flight.
-		c.inFlight.Add(-1)
-		c.inFlightBytes.Add(-int64(p.size))
+		c.drop(p)
 		return err
 	}
-	p.one[0] = a
 	p.Envelopes = p.one[:]
 	// A session that begins here is one run, and ends with it (DESIGN section 7).
 	p.Kind = schema.SessionKind_SESSION_KIND_WORKFLOW
 	c.submit(p)
 	return nil
+}
+
+// sessionEnvelope takes the envelope into the publish, where it is one that the peer may send now.
+func (c *conn) sessionEnvelope(p *pending, e *schema.Envelope) error {
+	if err := c.spend(1, p.came); err != nil {
+		return err
+	}
+	a, err := c.stamp.AcceptEnvelope(e, p.came)
+	if err != nil {
+		return err
+	}
+	if err := c.mayPublish(a.Kind); err != nil {
+		return err
+	}
+	p.one[0] = a
+	return c.aim(p, nil, 0)
+}
+
+// isRefresh says whether a message, which is a JSON object with a type that is no envelope's, is a refresh.
+func isRefresh(msg []byte) bool {
+	var m map[string]json.RawMessage
+	return json.Unmarshal(msg, &m) == nil && string(m["type"]) == `"refresh"`
+}
+
+// refreshToken is the token in a refresh. Its errors name keys, never values.
+func refreshToken(msg []byte) (string, error) {
+	var m, data map[string]json.RawMessage
+	if err := json.Unmarshal(msg, &m); err != nil {
+		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The message is not valid JSON.")
+	}
+	for key := range m {
+		switch key {
+		case "type", "timestamp", "data":
+		default:
+			return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "A refresh has type, timestamp and data, and nothing else.")
+		}
+	}
+	if m["data"] == nil {
+		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Missing required field 'data'")
+	}
+	if err := json.Unmarshal(m["data"], &data); err != nil {
+		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Field 'data' must be an object.")
+	}
+	var token string
+	switch raw := data["token"]; {
+	case raw == nil:
+		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Missing required field 'token'")
+	case len(data) > 1:
+		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The data of a refresh has a token, and nothing else.")
+	case json.Unmarshal(raw, &token) != nil:
+		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Field 'token' must be a string.")
+	}
+	return token, nil
 }
 
 func (sessionCodec) events(w *writer, _ *attachment, b *broker.Batch) {

@@ -236,11 +236,16 @@ func (w *writer) send() bool {
 		c.inFlightBytes.Add(-int64(w.publishBytes))
 		w.publishes, w.publishBytes = 0, 0
 	}
+	w.roomMade()
+	return true
+}
+
+// roomMade lets the reader go on where it waits.
+func (w *writer) roomMade() {
 	select {
-	case c.room <- struct{}{}:
+	case w.c.room <- struct{}{}:
 	default:
 	}
-	return true
 }
 
 // What a connection ends with that is not closed gently.
@@ -386,7 +391,9 @@ func (w *writer) opened(a *attachment) bool {
 		w.c.codec.frame(w, a.attachedFrame())
 	}
 	if a.channel == 0 {
+		// What the reader does now is answered behind this.
 		w.c.told.Store(true)
+		w.roomMade()
 	}
 	return true
 }
