@@ -105,7 +105,7 @@ func (c *benchCommand) startNode(env *environment) func(context.Context, schema.
 			return nil, err
 		}
 		node, err := startChild(ctx, self, "dev", "--data-dir", dir, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--nats-listen", "127.0.0.1:0",
-			"--durability", schema.DurabilityWord(class), "--log-level", "warn")
+			"--durability", schema.DurabilityWord(class), "--log-level", "warn", "--agent-rate", "0")
 		if err != nil {
 			return nil, errors.Join(err, os.RemoveAll(dir))
 		}

@@ -172,12 +172,40 @@ type edgeFlags struct {
 	DrainFor  time.Duration `default:"1s" help:"How long a stopping edge goes on serving after it told its clients to go."`
 	Origins   []string      `placeholder:"ORIGIN" help:"Web pages that browsers may connect from, as https://app.example.com; '*' for all. Default: only those under the edge's own host."`
 	MaxSocket int           `name:"max-connections" default:"50000" help:"Most connections at once."`
+	limitFlags
+}
+
+// limitFlags bound what one client may do.
+type limitFlags struct {
+	UserRate        float64 `default:"10" help:"Envelopes a second that a user may publish on a connection; 0 for no bound."`
+	UserBurst       int     `default:"20" help:"Envelopes that a user may publish at once after a pause."`
+	AgentRate       float64 `default:"5000" help:"Envelopes a second that an agent, worker or admin may publish on a connection; 0 for no bound."`
+	AgentBurst      int     `default:"10000" help:"Envelopes that an agent, worker or admin may publish at once after a pause."`
+	UserConnections int     `default:"5" help:"Most connections of one user that follow one session, over all edges; 0 for no bound."`
+	MaxSessions     int     `default:"1000" help:"Most sessions that one connection follows."`
+	MaxInFlightMB   int     `name:"max-in-flight-mb" default:"4" help:"Most that one connection publishes without an answer before it is read no further, in MiB."`
+}
+
+// limits are the gateway's.
+func (f *limitFlags) limits() gateway.Limits {
+	return gateway.Limits{
+		User:            gateway.Rate{PerSecond: f.UserRate, Burst: f.UserBurst},
+		Agent:           gateway.Rate{PerSecond: f.AgentRate, Burst: f.AgentBurst},
+		UserConnections: f.UserConnections,
+		Sessions:        f.MaxSessions,
+	}
 }
 
 // Validate is called by kong.
 func (f *edgeFlags) Validate() error {
 	if f.QueueMB < 1 || f.TailMB < 1 || f.MaxSocket < 1 {
 		return errors.New("--queue-mb, --tail-mb and --max-connections must be at least 1")
+	}
+	if f.UserRate < 0 || f.AgentRate < 0 || f.UserConnections < 0 {
+		return errors.New("--user-rate, --agent-rate and --user-connections must be 0, for no bound, or more")
+	}
+	if f.UserBurst < 1 || f.AgentBurst < 1 || f.MaxSessions < 1 || f.MaxInFlightMB < 1 {
+		return errors.New("--user-burst, --agent-burst, --max-sessions and --max-in-flight-mb must be at least 1")
 	}
 	return nil
 }
@@ -251,7 +279,8 @@ func (p *process) startCoreFor(s broker.Server, f *edgeFlags, who bearers, metri
 		grace = -1 // the gateway's word for none
 	}
 	g, err := gateway.New(gateway.Config{
-		Log: l, Verify: who.verify, KeysReady: who.ready, HelloTimeout: who.hello, Version: version(), DrainGrace: grace, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: metrics,
+		Log: l, Verify: who.verify, KeysReady: who.ready, HelloTimeout: who.hello, Version: version(), DrainGrace: grace, MaxConnections: f.MaxSocket,
+		MaxInFlightBytes: f.MaxInFlightMB << 20, Limits: f.limits(), Logger: p.env.log, Metrics: metrics,
 	})
 	if err != nil {
 		return nil, err

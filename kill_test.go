@@ -93,7 +93,7 @@ func TestInterruptWhilePublishing(t *testing.T) {
 	for _, v := range k.all {
 		v.kill()
 	}
-	all := &killable{k: k, args: []string{"dev", "--data-dir", k.dir, "--http", k.overWS.addr, "--grpc", k.overGRPC.addr, "--nats-listen", k.node.addr}}
+	all := &killable{k: k, args: []string{"dev", "--data-dir", k.dir, "--http", k.overWS.addr, "--grpc", k.overGRPC.addr, "--nats-listen", k.node.addr, "--agent-rate", "0"}}
 	k.all = []*killable{all}
 	all.start()
 	all.p.awaitReady()
@@ -168,8 +168,8 @@ func newKilling(t *testing.T) *killing {
 	})
 	at := quietAddresses(t, 3)
 	k.node = &killable{k: k, addr: at[0], args: []string{"broker", "--embedded", "--data-dir", k.dir, "--nats-listen", at[0], "--http", "off"}}
-	k.overWS = &killable{k: k, addr: at[1], args: []string{"edge-ws", "--data-dir", k.dir, "--http", at[1]}}
-	k.overGRPC = &killable{k: k, addr: at[2], args: []string{"edge-grpc", "--data-dir", k.dir, "--grpc", at[2], "--http", "off"}}
+	k.overWS = &killable{k: k, addr: at[1], args: []string{"edge-ws", "--data-dir", k.dir, "--http", at[1], "--agent-rate", "0"}}
+	k.overGRPC = &killable{k: k, addr: at[2], args: []string{"edge-grpc", "--data-dir", k.dir, "--grpc", at[2], "--http", "off", "--agent-rate", "0"}}
 	k.all = []*killable{k.node, k.overWS, k.overGRPC}
 	for _, v := range k.all {
 		v.start()

@@ -252,7 +252,7 @@ func TestBadInput(t *testing.T) {
 			}
 		}},
 		{"a session that the token does not name", nil, func(w *World, e *Edge, way Way) {
-			token := w.Token(schema.Role_ROLE_USER, "mine*")
+			token := w.Token(schema.Role_ROLE_AGENT, "mine*")
 			a := &schema.Attach{Channel: 1, Session: "s"}
 			p, end := w.TryDial(e, way, Dial{Token: token}, a)
 			if way == SessionSocket {
