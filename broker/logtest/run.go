@@ -97,6 +97,16 @@ func cases() []testCase {
 		{"DeleteEndsTheHistory", testDeleteEndsTheHistory},
 		{"DeleteTellsFollowers", testDeleteTellsFollowers},
 		{"StatusSaysReady", testStatusSaysReady},
+		// Enter.
+		{"PlacesAreLimited", testPlacesAreLimited},
+		{"PlacesAreApart", testPlacesAreApart},
+		{"PlacesWithoutLimit", testPlacesWithoutLimit},
+		{"PlacesStayWhenTheContextEnds", testPlacesStayWhenTheContextEnds},
+		{"PlacesHeldForLong", testPlacesHeldForLong},
+		{"PlacesOverEdges", testPlacesOverEdges},
+		{"PlacesHaveOneTaker", testPlacesHaveOneTaker},
+		{"PlacesComeAndGo", testPlacesComeAndGo},
+		{"PlacesEndWithARestart", testPlacesEndWithARestart},
 		// More than one edge, and restarts.
 		{"EdgesSeeEachOther", testEdgesSeeEachOther},
 		{"I2_EdgesAppendAtOnce", testEdgesAppendAtOnce},
