@@ -30,7 +30,9 @@ type Intruder struct {
 	w *World
 	e *Edge
 
-	mu   sync.Mutex
+	knows []string
+
+	mu   sync.Mutex // guards all below
 	said strings.Builder
 	deaf bool // it has left: what comes now is not an answer
 }
@@ -47,6 +49,18 @@ func (x *Intruder) note(format string, args ...any) {
 	if !x.deaf {
 		fmt.Fprintf(&x.said, format+"\n", args...)
 	}
+}
+
+// Knows says that the intruder knows something already and says it himself, so that to be told it again is no news.
+func (x *Intruder) Knows(what string) { x.knows = append(x.knows, what) }
+
+// news is an answer without what the intruder knew.
+func (x *Intruder) news(said string) string {
+	said = plain(said)
+	for _, known := range x.knows {
+		said = strings.ReplaceAll(said, known, "KNOWN")
+	}
+	return said
 }
 
 // Said is everything that was answered.
@@ -246,6 +260,7 @@ func (x *Intruder) status(err error) {
 
 var (
 	anyULID = regexp.MustCompile(`[0-7][0-9A-HJKMNP-TV-Z]{25}`)
+	anyPage = regexp.MustCompile(`"nextPageToken": *"[^"]+"`) // it is sealed, and never the same
 	anyTime = regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`)
 	// A gRPC status with its details, and one of Connect's.
 	anyDetail = regexp.MustCompile(`((?i:grpc-status-details-bin): ?\[?\\*"?|\\*"value\\*": ?\\*")([A-Za-z0-9+/_=-]+)`)
@@ -266,6 +281,6 @@ func plain(said string) string {
 // alike is an answer with all taken out that differs between two attempts which are treated the same: what is made anew each time, and the part in which the names differ that were asked for, in
 // whatever letters.
 func alike(said, part string) string {
-	said = anyTime.ReplaceAllString(anyULID.ReplaceAllString(plain(said), "ULID"), "TIME")
+	said = anyPage.ReplaceAllString(anyTime.ReplaceAllString(anyULID.ReplaceAllString(plain(said), "ULID"), "TIME"), "PAGE")
 	return regexp.MustCompile("(?i)"+regexp.QuoteMeta(part)).ReplaceAllString(said, "NAME")
 }

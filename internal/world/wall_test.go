@@ -57,7 +57,7 @@ func (w *World) inside() *wall {
 	agent := w.Join(w.Edge(0), ProtoSocket, existing)
 	for i := range stored {
 		e := Token(fmt.Sprint(treasure, i, " "))
-		e.Producer = &schema.Producer{Id: treasure, Epoch: 1, Seq: uint64(i + 1)}
+		e.Producer = &schema.Producer{Id: "pen", Epoch: 1, Seq: uint64(i + 1)}
 		agent.Put(existing, e)
 	}
 	w.must(w.Call(w.Edge(0), "CreateSession", &schema.CreateSessionRequest{Session: treasure + "-vault", MetadataJson: `{"is":"` + treasure + `"}`}, new(schema.CreateSessionResponse)))
@@ -150,7 +150,7 @@ func (v *wall) make(a attempt) (said, wrong string) {
 		said := x.Said()
 		answers[i] = alike(said, target[len("harbour-"):])
 		lower := strings.ToLower(plain(said))
-		switch leak := v.leaked(said); {
+		switch leak := v.leaked(x.news(said)); {
 		case leak != "":
 			return said, "the answer shows " + leak
 		case said == "":
