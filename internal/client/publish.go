@@ -275,6 +275,9 @@ func (p *Publisher) receive(ctx context.Context, c conn, l *link, epoch *string)
 		}
 	case *schema.ServerFrame_Rejected:
 		r := m.Rejected
+		if r.GetCode() == schema.Code_CODE_RATE_EXCEEDED {
+			p.rest()
+		}
 		return p.fatal(&schema.Refusal{Code: r.GetCode(), Message: r.GetMessage(), Head: r.GetHeadSeq(), Expected: r.GetExpected()}, !p.mends(r))
 	case *schema.ServerFrame_Error:
 		e := m.Error
@@ -290,6 +293,19 @@ func (p *Publisher) fatal(err error, ends bool) error {
 		p.end(err)
 	}
 	return err
+}
+
+// ratePause is how long a publisher rests that was too fast for its edge: about what a burst takes to come back, so that connecting again gains no more than waiting.
+const ratePause = 2 * time.Second
+
+// rest waits, unless the publisher ends. What is under way behind a publish that was too fast was rejected with it.
+func (p *Publisher) rest() {
+	t := time.NewTimer(ratePause)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-p.life.Done():
+	}
 }
 
 // mends says whether what was rejected may be stored when it is sent again, with all that is behind it, on another connection.

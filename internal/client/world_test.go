@@ -32,6 +32,7 @@ type world struct {
 	log    *away
 	net    *network
 	edges  map[string]*edge
+	limits gateway.Limits // of the edges to be started
 }
 
 // away is the model of the log, which can refuse publishes as if NATS were gone.
@@ -118,7 +119,7 @@ var starts = map[string]func(w *world, g *gateway.Gateway, l net.Listener) (serv
 // start runs an edge under this address.
 func (w *world) start(host string) {
 	w.Helper()
-	g, err := gateway.New(gateway.Config{Log: w.log, Verify: w.verify})
+	g, err := gateway.New(gateway.Config{Log: w.log, Verify: w.verify, Limits: w.limits})
 	w.must(err)
 	l := w.net.listen(host)
 	ctx, stop := context.WithCancel(w.Context())
