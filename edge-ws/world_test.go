@@ -122,6 +122,8 @@ type client struct {
 	*testing.T
 	c    *websocket.Conn
 	text bool
+	// reason is the close frame's, once wantClosed has seen it.
+	reason string
 }
 
 // dial opens a WebSocket; what is refused before the upgrade is returned.
@@ -297,6 +299,7 @@ func (c *client) wantClosed(status websocket.StatusCode, says ...string) {
 	if !errors.As(err, &ce) || ce.Code != status {
 		c.Fatalf("got %v, want status %d", err, status)
 	}
+	c.reason = ce.Reason
 	for _, s := range says {
 		if !strings.Contains(ce.Reason, s) {
 			c.Fatalf("the reason is %q, want %q in it", ce.Reason, s)
