@@ -1,0 +1,330 @@
+// The page of `tidemark dev` in headless Chromium: a person reads what an agent streams, answers by keyboard, cuts the connection and loses it, and gets every envelope once. It asks no other host for anything.
+import assert from 'node:assert/strict'
+import { mkdirSync, mkdtempSync } from 'node:fs'
+import { rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { chromium } from 'playwright-core'
+import WebSocket from 'ws'
+
+const { TOKEN, USER_TOKEN, EDGE_HTTP, CUT_HTTP, CHROMIUM, SHOTS } = process.env
+const unique = process.hrtime.bigint()
+const phone = { width: 360, height: 740 }
+const desk = { width: 1280, height: 800 }
+// For each wait, in milliseconds: the machine does much else.
+const patience = 20000
+
+const profile = mkdtempSync(join(tmpdir(), 'tidemark-page-'))
+const browser = await chromium.launchPersistentContext(profile, {
+  executablePath: CHROMIUM,
+  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+  viewport: desk,
+  reducedMotion: 'reduce'
+})
+const wrong = []
+
+// An agent on the session socket.
+async function agent (session) {
+  const ws = new WebSocket(`ws://${EDGE_HTTP}/ws?${new URLSearchParams({ sessionName: session })}`, { headers: { authorization: `Bearer ${TOKEN}` } })
+  const got = []
+  const waiting = []
+  ws.on('message', text => {
+    const said = JSON.parse(text)
+    got.push(said)
+    for (const w of [...waiting]) w()
+  })
+  await new Promise((resolve, reject) => ws.on('open', resolve).on('error', reject))
+  return {
+    got,
+    say: (type, data) => ws.send(JSON.stringify({ type, data })),
+    // Waits for what was or will be said.
+    hear: (matches, what) => new Promise((resolve, reject) => {
+      const late = setTimeout(() => reject(new Error(`the agent did not hear ${what}: ${JSON.stringify(got.slice(-5))}`)), patience)
+      const look = () => {
+        const found = got.find(matches)
+        if (!found) return
+        clearTimeout(late)
+        waiting.splice(waiting.indexOf(look), 1)
+        resolve(found)
+      }
+      waiting.push(look)
+      look()
+    }),
+    close: () => ws.close()
+  }
+}
+
+// A tab that may ask its own host alone, and has nothing to complain about.
+async function tab ({ token, session, size = desk, scheme = 'light', host = EDGE_HTTP, calm = true, go = true }) {
+  const page = await browser.newPage()
+  page.setDefaultTimeout(patience)
+  await page.setViewportSize(size)
+  await page.emulateMedia({ colorScheme: scheme, reducedMotion: 'reduce' })
+  page.sockets = 0
+  page.on('request', r => { if (new URL(r.url()).host !== host) wrong.push(`a request to ${r.url()}`) })
+  page.on('websocket', ws => {
+    page.sockets++
+    if (new URL(ws.url()).host !== host || ws.url().includes('token')) wrong.push(`a socket to ${ws.url()}`)
+  })
+  page.on('pageerror', e => wrong.push(`an error in the page: ${e.stack}`))
+  // Where the wire is cut, Chromium says so by itself.
+  if (calm) page.on('console', m => { if (['error', 'warning'].includes(m.type())) wrong.push(`the console says: ${m.text()}`) })
+  const address = `http://${host}/${token ? `#token=${token}` : ''}${session ? `&session=${encodeURIComponent(session)}` : ''}`
+  if (go) await page.goto(address)
+  return Object.assign(page, { address })
+}
+
+const textOf = (page, selector) => page.locator(selector).innerText()
+const until = (page, selector, text) => page.waitForFunction(([s, t]) => document.querySelector(s).textContent.includes(t), [selector, text])
+const connected = page => until(page, '#connection', 'Connected')
+
+// Everybody can use it: every control has a name, what has the focus is seen to have it, and nothing sticks out to the side.
+async function usable (page, when) {
+  const problems = await page.evaluate(() => {
+    const seen = n => n.checkVisibility({ visibilityProperty: true })
+    const name = n => n.getAttribute('aria-label') || n.labels?.[0]?.textContent || document.getElementById(n.getAttribute('aria-labelledby')?.split(' ')[0])?.textContent || (n.matches('button, summary') && n.textContent)
+    const found = []
+    for (const n of document.querySelectorAll('button, input, textarea, select, progress, summary, [tabindex], dialog')) if (seen(n) && !name(n)?.trim()) found.push(`no name: ${n.outerHTML.slice(0, 80)}`)
+    for (const n of document.querySelectorAll('img')) if (!n.hasAttribute('alt')) found.push('an image without alt')
+    for (const n of document.querySelectorAll('button, input:not([type=checkbox]), textarea')) {
+      const { width, height } = n.getBoundingClientRect()
+      if (seen(n) && (width < 24 || height < 24)) found.push(`too small to touch: ${n.id || n.textContent}`)
+    }
+    const ids = [...document.querySelectorAll('[id]')].map(n => n.id)
+    if (new Set(ids).size < ids.length) found.push('an id stands twice')
+    if (!document.documentElement.lang || !document.title) found.push('no language or title')
+    if ([...document.querySelectorAll('main')].filter(seen).length !== 1 || document.querySelectorAll('h1').length !== 1) found.push('not one main and one h1')
+    const root = document.documentElement
+    if (root.scrollWidth > root.clientWidth || document.body.scrollWidth > root.clientWidth) found.push(`${root.scrollWidth} px wide on ${root.clientWidth}`)
+    // Text against the nearest ground behind it, as WCAG counts.
+    const light = c => {
+      const [r, g, b] = c.match(/[\d.]+/g).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+      return 0.2126 * r + 0.7152 * g + 0.0722 * b
+    }
+    for (const n of document.querySelectorAll('body *')) {
+      if (!seen(n) || n.closest('button:disabled, .unseen') || ![...n.childNodes].some(c => c.nodeType === 3 && c.data.trim())) continue
+      let ground = n
+      while (ground && /, 0\)$|transparent/.test(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement
+      const [a, b] = [light(getComputedStyle(n).color), light(getComputedStyle(ground ?? document.body).backgroundColor)].sort((x, y) => y - x)
+      if ((a + 0.05) / (b + 0.05) < 4.5) found.push(`hard to read (${((a + 0.05) / (b + 0.05)).toFixed(1)}): ${n.textContent.slice(0, 40)}`)
+    }
+    return found
+  })
+  assert.deepEqual(problems, [], when)
+}
+
+// Looks at one state in every size and scheme.
+async function look (page, name) {
+  for (const [size, where] of [[desk, 'desk'], [phone, 'phone']]) {
+    for (const scheme of ['light', 'dark']) {
+      await page.setViewportSize(size)
+      await page.emulateMedia({ colorScheme: scheme, reducedMotion: 'reduce' })
+      await usable(page, `${name}, ${where}, ${scheme}`)
+      if (SHOTS) {
+        mkdirSync(SHOTS, { recursive: true })
+        await page.screenshot({ path: join(SHOTS, `${name}-${where}-${scheme}.png`) })
+      }
+    }
+  }
+  await page.setViewportSize(desk)
+}
+
+// Goes from control to control with Tab until one has this name.
+async function tabTo (page, name) {
+  for (let i = 0; i < 40; i++) {
+    await page.keyboard.press('Tab')
+    const [text, ring] = await page.evaluate(() => {
+      const n = document.activeElement
+      return [n.textContent || n.labels?.[0]?.textContent || n.id, getComputedStyle(n).outlineStyle]
+    })
+    assert.notEqual(ring, 'none', `nothing shows that ${text} has the focus`)
+    if (text.trim() === name) return
+  }
+  throw new Error(`${name} cannot be reached by keyboard`)
+}
+
+const tides = ['ebb ', 'flood ', 'Wattenmeer ', '潮 ', '🌊 ', '<b>not bold</b> ', '"\\\n']
+const pieces = n => Array.from({ length: n }, (_, i) => tides[i % tides.length] + i + ' ')
+
+async function stream (a, id, texts, pause) {
+  for (const text of texts) {
+    a.say('token', { message_id: id, text })
+    await sleep(pause)
+  }
+  a.say('message_completed', { message_id: id, finish_reason: 'stop' })
+}
+
+// What stands in the message of the agent that comes last.
+const lastMessage = page => page.locator('.message.agent > .text').last().evaluate(n => n.textContent)
+
+async function aWorkflow () {
+  const session = `page ${unique}`
+  const page = await tab({ token: USER_TOKEN, session })
+  await connected(page)
+  assert(!page.url().includes('token') && page.url().includes('session='), `the token stays in the address bar: ${page.url()}`)
+  assert.equal(await page.evaluate(() => sessionStorage.getItem('tidemark.token')), USER_TOKEN)
+  assert.equal(await page.locator('#agent').isVisible(), false, 'a user is shown what only agents may do')
+  await look(page, '1-empty')
+
+  const a = await agent(session)
+  // A person speaks.
+  await page.locator('#message').fill('When is high water?')
+  await page.locator('#message').press('Enter')
+  await a.hear(e => e.type === 'user_message' && e.data.message === 'When is high water?', 'the question')
+
+  // The agent thinks, calls a tool, and answers.
+  a.say('workflow_progress', { step: 'Tables', message: 'reading the tide tables', progress: 0.4 })
+  for (const text of ['The user asks ', 'about Büsum, ', 'I think.']) a.say('token', { message_id: 'm1', channel: 'reasoning', text })
+  a.say('tool_call', { call_id: 'c1', name: 'tide_table', arguments: { place: 'Büsum', day: '2026-11-22' }, done: true })
+  a.say('tool_result', { call_id: 'c1', result: { high: ['04:12', '16:38'], low: ['10:20', '22:51'] } })
+  const words = pieces(40)
+  for (const text of words) a.say('token', { message_id: 'm1', text })
+  await page.waitForFunction(t => document.querySelector('.message.agent > .text')?.textContent === t, words.join(''))
+  assert.equal(await page.locator('.thinking p').evaluate(n => n.textContent), 'The user asks about Büsum, I think.')
+  assert.match(await textOf(page, '.tool .output'), /16:38/)
+  assert.equal(await page.locator('progress').getAttribute('value').then(Number), 0.4)
+  assert.equal(await page.locator('b').count(), 0, 'text became markup')
+  await look(page, '2-streaming')
+  a.say('message_completed', { message_id: 'm1', finish_reason: 'stop' })
+
+  // It asks, and is answered with the keyboard alone.
+  a.say('workflow_waiting_for_input', { prompt: 'Shall I book the boat for 16:00?', options: ['yes', 'no', 'ask me later'], context: { price: '48 €', seats: 4 } })
+  await until(page, '#ask-prompt', 'Shall I book')
+  await until(page, '#announcer', 'Shall I book')
+  assert.equal(await textOf(page, '#status'), 'waiting for input')
+  await look(page, '3-prompt')
+  await page.locator('#said').focus()
+  await tabTo(page, 'no')
+  await page.keyboard.press('Enter')
+  await a.hear(e => e.type === 'user_input' && e.data.response === 'no', 'the choice')
+  await page.locator('#ask').waitFor({ state: 'hidden' })
+  a.say('workflow_waiting_for_input', { prompt: 'When, then?' })
+  await until(page, '#ask-prompt', 'When, then?')
+  await page.locator('#said').focus()
+  await tabTo(page, 'Your answer')
+  await page.keyboard.type('at low water')
+  await page.keyboard.press('Enter')
+  await a.hear(e => e.type === 'user_input' && e.data.response === 'at low water', 'the answer')
+
+  // The connection is cut in the middle of a message.
+  const more = pieces(150)
+  const streaming = stream(a, 'm2', more, 15)
+  await page.waitForFunction(() => [...document.querySelectorAll('.message.agent > .text')].at(-1).textContent.includes('30 '))
+  await page.locator('#cut').click()
+  await until(page, '#connection', 'Cut')
+  await look(page, '4-cut')
+  await connected(page)
+  await streaming
+  await page.waitForFunction(t => [...document.querySelectorAll('.message.agent > .text')].at(-1).textContent === t, more.join(''))
+  assert.equal(await textOf(page, '#flaws'), '0, 0')
+  assert.equal(await textOf(page, '#reconnects'), '1')
+  assert.match(await textOf(page, '#resumed'), /[1-9]\d* came while it was away, each once/)
+  assert.match(await textOf(page, '#lag'), /^[\d.]+ m?s$/)
+
+  // It ends, and the page stays away from then on.
+  a.say('run_status', { status: 'completed', reason: 'the boat is booked' })
+  await until(page, '#connection', 'Finished')
+  assert.equal(await textOf(page, '#status'), 'completed')
+  const sockets = page.sockets
+  await look(page, '5-finished')
+  assert.equal(await page.locator('#compose').isVisible(), false)
+  const seq = Math.max(...a.got.map(e => e.seq ?? 0))
+  assert.equal(await textOf(page, '#seq'), String(seq))
+
+  // Who comes later reads the same, to its end.
+  await page.reload()
+  await until(page, '#connection', 'Finished')
+  assert.equal(await lastMessage(page), more.join(''))
+  assert.equal(await textOf(page, '#seq'), String(seq))
+  assert.equal(page.sockets, sockets + 1, 'it came again to a session that has ended')
+  a.close()
+  await page.close()
+  return seq
+}
+
+// An agent's page, on a phone at night.
+async function asAgent () {
+  const session = `agent's page ${unique}`
+  const [page, user] = await Promise.all([tab({ token: TOKEN, session, size: phone, scheme: 'dark' }), tab({ token: USER_TOKEN, session })])
+  await Promise.all([connected(page), connected(user)])
+  assert.equal(await page.locator('#compose').isVisible(), false)
+  await page.locator('#agent summary').click()
+  await look(page, '6-agent')
+  await page.setViewportSize(phone)
+  await page.locator('#stream-think').check()
+  await page.locator('#stream button[type=submit]').click()
+  const said = await page.locator('#stream-text').inputValue()
+  for (const p of [page, user]) await p.waitForFunction(t => document.querySelector('.message.agent > .text')?.textContent === t && !document.querySelector('.writing'), said)
+  await page.locator('#question button[type=submit]').click()
+  await user.locator('#ask-options button', { hasText: 'yes' }).click()
+  await page.waitForFunction(() => document.querySelector('.message.user > .text')?.textContent === 'yes')
+  await page.locator('#complete').click()
+  await Promise.all([until(page, '#connection', 'Finished'), until(user, '#connection', 'Finished')])
+  await Promise.all([page.close(), user.close()])
+}
+
+// Over a wire that is cut at random, without anybody pressing a button.
+async function overABadWire () {
+  const session = `lost page ${unique}`
+  const a = await agent(session)
+  const page = await tab({ token: USER_TOKEN, session, host: CUT_HTTP, calm: false, go: false })
+  for (;;) {
+    try {
+      await page.goto(page.address)
+      await page.locator('#room').waitFor({ timeout: 1000 })
+      break
+    } catch {
+      await page.goto('about:blank').catch(() => {})
+    }
+  }
+  wrong.splice(0, wrong.length, ...wrong.filter(w => !w.includes('about:blank')))
+  const texts = pieces(120)
+  await stream(a, 'm1', texts, 20)
+  await page.waitForFunction(t => document.querySelector('.message.agent > .text')?.textContent === t, texts.join(''), { timeout: 60000 })
+  assert.equal(await textOf(page, '#flaws'), '0, 0')
+  const times = Number(await textOf(page, '#reconnects'))
+  a.close()
+  await page.close()
+  return times
+}
+
+// Whom it does not let in, it asks for another token.
+async function theDoor () {
+  const forged = TOKEN.slice(0, -12) + 'AAAAAAAAAAAA'
+  const page = await tab({ token: forged, session: `door ${unique}`, calm: false })
+  await page.locator('#door-problem').waitFor()
+  assert.match(await textOf(page, '#door-problem'), /token/i)
+  assert.equal(await page.evaluate(() => document.activeElement.id), 'token')
+  await look(page, '7-door')
+  await page.locator('#token').fill(USER_TOKEN)
+  await page.keyboard.press('Enter')
+  await connected(page)
+  await page.locator('#leave').click()
+  await page.locator('#door').waitFor()
+  await page.close()
+}
+
+// What the browser is told about the page.
+async function headers () {
+  for (const path of ['/', '/page/app.js', '/page/style.css']) {
+    const answer = await fetch(`http://${EDGE_HTTP}${path}`)
+    assert.equal(answer.status, 200, path)
+    assert.match(answer.headers.get('content-security-policy'), /^default-src 'none'; script-src 'self';.*frame-ancestors 'none'/, path)
+    assert.equal(answer.headers.get('x-content-type-options'), 'nosniff', path)
+    assert.equal(answer.headers.get('referrer-policy'), 'no-referrer', path)
+  }
+}
+
+try {
+  await headers()
+  const seq = await aWorkflow()
+  await asAgent()
+  await theDoor()
+  const times = await overABadWire()
+  assert.deepEqual(wrong, [])
+  console.log(`${seq} envelopes read, a question answered by keyboard, a cut and ${times} losses survived, each envelope once; no other host was asked`)
+} finally {
+  await browser.close()
+  await rm(profile, { recursive: true, force: true })
+}
