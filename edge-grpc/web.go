@@ -272,14 +272,23 @@ func (e *Edge) allowOrigins(h http.Handler) http.Handler {
 			h.ServeHTTP(w, r)
 			return
 		}
-		if allowed {
-			header.Set("Access-Control-Allow-Methods", "POST, GET")
-			header.Set("Access-Control-Allow-Headers", requestHeaders)
-			header.Set("Access-Control-Max-Age", "7200")
+		if !allowed {
+			// A page of the edge's own origin does not ask.
+			e.cfg.Gateway.Exceeded(gateway.LimitOrigin)
+			header.Set("Content-Type", "application/json")
+			w.WriteHeader(http.StatusForbidden)
+			_, _ = io.WriteString(w, originRefused) // the browser is gone, or reads it
+			return
 		}
+		header.Set("Access-Control-Allow-Methods", "POST, GET")
+		header.Set("Access-Control-Allow-Headers", requestHeaders)
+		header.Set("Access-Control-Max-Age", "7200")
 		w.WriteHeader(http.StatusNoContent)
 	})
 }
+
+// originRefused is what a browser is told whose page may not call, as the WebSocket edge says it.
+const originRefused = `{"error":"Unauthorized","details":"Pages of this origin may not connect; the server's configuration names those that may.","code":"origin_not_allowed"}` + "\n"
 
 func (e *Edge) originAllowed(origin string) bool {
 	for _, o := range e.cfg.AllowedOrigins {

@@ -52,6 +52,7 @@ type conn struct {
 	kinds     kinds         // the payload types that it may publish
 	rate      Rate          // how fast
 	limiter   *rate.Limiter // nil before the first publish; see spend
+	penalty   time.Duration // how long nothing is read
 	expiry    *time.Timer   // ends the connection with its token; nil while there is none
 	greeted   bool          // the first frame has come
 	targets   map[string]*target
@@ -186,6 +187,9 @@ func (c *conn) read() {
 
 // readOne takes one message; false where it was the last.
 func (c *conn) readOne() bool {
+	if c.penalty > 0 {
+		c.sitOut()
+	}
 	msg, err := c.peer.Transport.Receive(c.ctx)
 	if !c.awaitAttached(err) {
 		return false

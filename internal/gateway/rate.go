@@ -35,7 +35,23 @@ func (c *conn) spend(n int, now time.Time) error {
 	if c.limiter.AllowN(now, c.rate.cost(n)) {
 		return nil
 	}
+	c.penalty = min(time.Duration(float64(time.Second)/c.rate.PerSecond), maxPenalty)
 	return c.rate.exceeded(c.principal)
+}
+
+// maxPenalty is how long a connection is not read after something that came too fast, at most, or as long as its rate says: who floods an edge without reading the answers costs it a hundred refusals a
+// second and no more, while a client that was a little too fast hardly waits, and its pongs still come in time.
+const maxPenalty = 10 * time.Millisecond
+
+// sitOut sits the penalty out. Called by the reader before it reads.
+func (c *conn) sitOut() {
+	t := time.NewTimer(c.penalty)
+	defer t.Stop()
+	c.penalty = 0
+	select {
+	case <-t.C:
+	case <-c.ctx.Done():
+	}
 }
 
 // Bounds of what is kept about who calls without a connection.
