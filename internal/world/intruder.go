@@ -33,7 +33,7 @@ type Intruder struct {
 	knows []string
 
 	mu   sync.Mutex // guards all below
-	said strings.Builder
+	said []string
 	deaf bool // it has left: what comes now is not an answer
 }
 
@@ -47,7 +47,7 @@ func (x *Intruder) note(format string, args ...any) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if !x.deaf {
-		fmt.Fprintf(&x.said, format+"\n", args...)
+		x.said = append(x.said, fmt.Sprintf(format, args...)+"\n")
 	}
 }
 
@@ -67,7 +67,14 @@ func (x *Intruder) news(said string) string {
 func (x *Intruder) Said() string {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	return x.said.String()
+	return strings.Join(x.said, "")
+}
+
+// sorted is everything that was answered, in an order that does not say which of two frames came first: an acknowledgement and the event of it go their own ways.
+func (x *Intruder) sorted() string {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return strings.Join(slices.Sorted(slices.Values(x.said)), "")
 }
 
 // HTTP makes a request at a port of the edge, ".http" or ".grpc", as a page or curl does. The target is taken as it is: nothing cleans it up.

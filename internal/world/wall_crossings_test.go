@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc/health/grpc_health_v1"
 
+	"tidemark/internal/gateway"
 	"tidemark/schema"
 )
 
@@ -51,8 +52,14 @@ func (v *wall) crossings() []attempt {
 		{"a refresh with another tenant's token over gRPC", "forbidden", func(x *Intruder, target string) {
 			x.Stream(theirs, "Connect", false, refresh(victims), attach(1, target))
 		}},
+		{"a refresh with another tenant's token on the session socket", "forbidden", func(x *Intruder, target string) {
+			x.Socket(ws(target, ""), bearer(theirs), nil, `{"type":"refresh","data":{"token":"`+victims+`"}}`)
+		}},
 		{"a refresh with a forged token", "unauthenticated", func(x *Intruder, target string) {
 			x.Socket("/v1/connect", bearer(theirs), binary, refresh(forgeries()["claims changed behind the signing"]), attach(1, target))
+		}},
+		{"a refresh with a forged token on the session socket", "unauthenticated", func(x *Intruder, target string) {
+			x.Socket(ws(target, ""), bearer(theirs), nil, `{"type":"refresh","data":{"token":"`+forgeries()[`the algorithm "none"`]+`"}}`)
 		}},
 		{"a second hello with another tenant's token", "invalid_message", func(x *Intruder, target string) {
 			x.Socket("/v1/connect", nil, binary, hello(theirs), hello(victims), attach(1, target))
@@ -289,5 +296,39 @@ func TestI9_MetricsNameNobody(t *testing.T) {
 				}
 			}
 		}
+	})
+}
+
+// TestI9_PlacesAreATenantsOwn: users of one tenant take no places from those of the same name in sessions of the same name of another, on whatever edge, and are told nothing of them.
+func TestI9_PlacesAreATenantsOwn(t *testing.T) {
+	Run(t, Config{Gateway: func(c *gateway.Config) { c.Limits.UserConnections = 2 }}, func(w *World) {
+		try := func(tenant string, i int) schema.Code {
+			p, end := w.TryDial(w.Edge(i%2), SessionSocket, Dial{Token: w.tokenOf(tenant, "ana", schema.Role_ROLE_USER, "*")}, &schema.Attach{Channel: 1, Session: existing})
+			if p == nil {
+				return end.Code
+			}
+			w.closers = append(w.closers, p.Close)
+			f, over := p.next(patience)
+			switch {
+			case over:
+				return p.ending.Code
+			case f.GetError() != nil:
+				return f.GetError().GetCode()
+			default:
+				return schema.Code_CODE_UNSPECIFIED
+			}
+		}
+		want := func(tenant string, i int, code schema.Code) {
+			t.Helper()
+			if got := try(tenant, i); got != code {
+				t.Errorf("connection %d of tenant %s: %s instead of %s", i, tenant, got.Word(), code.Word())
+			}
+		}
+		want("default", 1, schema.Code_CODE_UNSPECIFIED)
+		want(rival, 1, schema.Code_CODE_UNSPECIFIED)
+		want(rival, 2, schema.Code_CODE_UNSPECIFIED)
+		want(rival, 3, schema.Code_CODE_TOO_MANY_CONNECTIONS)
+		want("default", 2, schema.Code_CODE_UNSPECIFIED)
+		want("default", 3, schema.Code_CODE_TOO_MANY_CONNECTIONS)
 	})
 }

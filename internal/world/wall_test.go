@@ -148,7 +148,7 @@ func (v *wall) make(a attempt) (said, wrong string) {
 		x := v.w.NewIntruder(v.w.Edge(v.attempts % 2))
 		a.try(x, target)
 		said := x.Said()
-		answers[i] = alike(said, target[len("harbour-"):])
+		answers[i] = alike(x.sorted(), target[len("harbour-"):])
 		lower := strings.ToLower(plain(said))
 		switch leak := v.leaked(x.news(said)); {
 		case leak != "":
