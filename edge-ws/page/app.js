@@ -268,9 +268,9 @@ function render () {
   $('reconnects').textContent = link.reconnects
   $('flaws').textContent = `${link.lost}, ${link.repeated}`
   show('resumed', missed === null ? '' : missed ? `Resumed: ${missed} came while it was away, each once.` : 'Resumed: nothing had come meanwhile.')
-  $('cut').disabled = name !== 'open' && name !== 'connecting'
-  $('cut').hidden = name === 'finished' || name === 'stopped'
-  $('now').hidden = name !== 'cut' && name !== 'lost'
+  const waits = name === 'cut' || name === 'lost'
+  swap($('cut'), $('now'), waits)
+  if (name === 'finished' || name === 'stopped') $('cut').hidden = true
   if (name === 'stopped') show('notice', why)
   $('nothing').hidden = timeline.length > 0
   const ended = ['finished', 'stopped'].includes(name)
@@ -284,6 +284,15 @@ function render () {
   }
   if (following) $('said').scrollTop = $('said').scrollHeight
   $('newest').hidden = following
+}
+
+// swap shows one of two buttons in the same place, and leaves the focus there.
+function swap (first, second, other) {
+  const [shown, gone] = other ? [second, first] : [first, second]
+  const focused = document.activeElement === gone
+  shown.hidden = false
+  gone.hidden = true
+  if (focused) shown.focus()
 }
 
 function renderQuestion (ended) {
@@ -346,10 +355,7 @@ $('leave').onclick = () => {
   showDoor()
 }
 
-$('cut').onclick = () => {
-  link.cut()
-  $('now').hidden = false
-}
+$('cut').onclick = () => link.cut()
 $('now').onclick = () => link.now()
 
 $('compose').onsubmit = event => {
@@ -402,18 +408,19 @@ $('question').onsubmit = event => {
 
 $('complete').onclick = () => send('run_status', { status: 'completed' })
 
-// Whoever scrolls away from the newest stays where they are; a room that changes its size is not somebody who scrolls.
-let height = 0
+// Whoever scrolls up from the newest stays there. A room that changes its size is not somebody who scrolls.
+let scrolled = { top: 0, width: 0, height: 0 }
 new ResizeObserver(later).observe($('said'))
 
 $('said').onscroll = () => {
   const room = $('said')
+  const now = { top: room.scrollTop, width: room.clientWidth, height: room.clientHeight }
+  const before = scrolled
+  scrolled = now
+  if (now.width !== before.width || now.height !== before.height) return
   const was = following
-  if (room.clientHeight !== height) {
-    height = room.clientHeight
-    return
-  }
-  following = room.scrollHeight - room.scrollTop - room.clientHeight < 48
+  if (room.scrollHeight - now.top - now.height < 48) following = true
+  else if (now.top < before.top) following = false
   if (was !== following) later()
 }
 
