@@ -41,8 +41,8 @@ func TestTokensAreNowhere(t *testing.T) {
 			"analyst": lasting(t, "ada", schema.Role_ROLE_ANALYST, time.Minute, "*"),
 			"cut":     good[:len(good)-5], "no algorithm": base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"none","typ":"JWT"}`)) + "." + parts[1] + ".",
 			"tampered": parts[0] + "." + base64.RawURLEncoding.EncodeToString([]byte(`{"sub":"root","role":"admin","sessions":["*"],"exp":99999999999}`)) + "." + parts[2],
-			"no JWT": "not-a-token-but-a-secret-all-the-same-0123456789",
-			"huge":   strings.Repeat("hugehugehuge", 1500),
+			"no JWT":   "not-a-token-but-a-secret-all-the-same-0123456789",
+			"huge":     strings.Repeat("hugehugehuge", 1500),
 		}
 		var said bytes.Buffer // all that clients read
 		// heard sends messages and reads what a connection says to its end.
