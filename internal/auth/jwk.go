@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rsa"
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -165,7 +166,26 @@ func (m *member) ed() (ed25519.PublicKey, error) {
 	if len(x) != ed25519.PublicKeySize {
 		return nil, fmt.Errorf("its x has %d bytes; Ed25519 has %d", len(x), ed25519.PublicKeySize)
 	}
+	y := slices.Clone(x)
+	y[31] &= 0x7f // the sign of the other coordinate
+	if slices.Contains(smallOrder, hex.EncodeToString(y)) {
+		return nil, errors.New("it is no key but a point of small order, as zeros are, under which anybody can sign")
+	}
 	return x, nil
+}
+
+// smallOrder are the points of Ed25519 whose order divides 8, in every encoding, without the sign: eight times each of them is the neutral point (RFC 8032, section 5.1). crypto/ed25519 does not refuse
+// them.
+//
+//nolint:gochecknoglobals // a table that nothing writes
+var smallOrder = []string{
+	"0000000000000000000000000000000000000000000000000000000000000000",
+	"0100000000000000000000000000000000000000000000000000000000000000",
+	"26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+	"c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+	"ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+	"edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+	"eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
 }
 
 // decode decodes a parameter. Some issuers pad them, against RFC 7515, section 2; it changes nothing.

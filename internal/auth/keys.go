@@ -106,7 +106,7 @@ func newKeys(c *Config) (*keys, error) {
 func (k *keys) find(alg, kid string, named bool) (any, error) {
 	key, result, err := k.look(alg, kid, named)
 	if result == unknown && k.ask() {
-		key, result, err = k.look(alg, kid, named)
+		key, _, err = k.look(alg, kid, named)
 	}
 	return key, err
 }
