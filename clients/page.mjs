@@ -219,7 +219,7 @@ async function aWorkflow () {
   await page.waitForFunction(t => [...document.querySelectorAll('.message.agent > .text')].at(-1).textContent === t, more.join(''))
   assert.equal(await textOf(page, '#flaws'), '0, 0')
   assert.equal(await textOf(page, '#reconnects'), '1')
-  assert.match(await textOf(page, '#resumed'), /[1-9]\d* came while it was away, each once/)
+  assert.match(await textOf(page, '#resumed'), /[1-9]\d* came meanwhile, each once/)
   assert.match(await textOf(page, '#lag'), /^[\d.]+ m?s$/)
 
   // It ends, and the page stays away from then on.

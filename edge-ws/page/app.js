@@ -267,7 +267,7 @@ function render () {
   }
   $('reconnects').textContent = link.reconnects
   $('flaws').textContent = `${link.lost}, ${link.repeated}`
-  show('resumed', missed === null ? '' : missed ? `Resumed: ${missed} came while it was away, each once.` : 'Resumed: nothing had come meanwhile.')
+  show('resumed', missed === null ? '' : missed ? `Resumed: ${missed} came meanwhile, each once.` : 'Resumed: nothing had come meanwhile.')
   const waits = name === 'cut' || name === 'lost'
   swap($('cut'), $('now'), waits)
   if (name === 'finished' || name === 'stopped') $('cut').hidden = true
@@ -333,6 +333,7 @@ function send (type, data, refused = r => show('notice', `Not stored: ${r.detail
 
 function respond (response) {
   show('ask-problem', '')
+  following = true
   send('user_input', { response }, r => show(question ? 'ask-problem' : 'notice', r.details))
 }
 
