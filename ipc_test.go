@@ -25,7 +25,7 @@ import (
 // ipcDev starts `tidemark dev --ipc` and reads its file.
 func ipcDev(t *testing.T, dir string, more ...string) (*proc, ipcFile) {
 	t.Helper()
-	p := serveUntilReady(t, append([]string{"dev", "--ipc", "--data-dir", dir}, more...)...)
+	p := serveUntilReady(t, append([]string{"dev", "--ipc", "--data-dir", dir, "--drain-for", "0s"}, more...)...)
 	path := filepath.Join(dir, "ipc.json")
 	if i := slices.Index(more, "--ipc-file"); i >= 0 {
 		path = more[i+1]
@@ -80,6 +80,9 @@ func (f ipcFile) enter(t *testing.T, name string) *ipcPeer {
 	}
 	return p
 }
+
+// leave goes without a word, so that nobody waits for it.
+func (p *ipcPeer) leave() { _ = p.c.CloseNow() }
 
 func (p *ipcPeer) send(f *schema.ClientFrame) {
 	p.hold.Lock()
@@ -261,6 +264,8 @@ func TestOneSocketCarriesAllRequests(t *testing.T) {
 	if n := strings.Count(got["r1"], " "); n == 0 || n > words/2 || got["r1"] != whole("r1", n) {
 		t.Errorf("r1 got %q", got["r1"])
 	}
+	ui.leave()
+	backend.leave()
 	p.stop()
 }
 
@@ -303,7 +308,7 @@ func TestIPCFile(t *testing.T) {
 			t.Errorf("%v: exit code %d, it said %q", args, code, second.err)
 		}
 	}
-	f.enter(t, "a client")
+	f.enter(t, "a client").leave()
 
 	p.stop()
 	if _, err := os.Stat(path); !os.IsNotExist(err) {
@@ -384,8 +389,10 @@ func TestIPCAdmitsWhoHasItsTokenAlone(t *testing.T) {
 		}
 	}
 	listed := &websocket.DialOptions{Subprotocols: ipcProtocol.Subprotocols, HTTPHeader: http.Header{"Origin": {"app://bundle"}}}
-	if _, _, err := dialIPC(t, f.Port, listed); err != nil {
+	if c, _, err := dialIPC(t, f.Port, listed); err != nil {
 		t.Errorf("the application's own page: %v", err)
+	} else {
+		_ = c.CloseNow()
 	}
 	for path, status := range map[string]int{"/healthz": http.StatusOK, "/": http.StatusNotFound, "/ws?sessionName=s": http.StatusNotFound, "/metrics": http.StatusNotFound, "/page/app.js": http.StatusNotFound} {
 		res, err := http.Get("http://" + p.at.HTTP + path)
