@@ -39,7 +39,9 @@ type appender struct {
 	queue   []*Submission // waiting for the next frame
 	count   int           // envelopes in the queue
 	size    int           // bytes in the queue
+	passing int           // submissions in the queue that are progress and may wait there
 	room    chan struct{} // closed when something left the queue; nil while nobody waits
+	more    chan struct{} // closed when something comes into the queue; nil while run does not wait for it
 	running bool
 	used    time.Time // when it last had work
 	gone    bool      // the log has forgotten this appender; another one is the session's
@@ -63,6 +65,7 @@ var errGoneAppender = errors.New("broker: the appender is gone")
 
 // submit queues a submission, waiting for room. The error says why it is not queued: errGoneAppender, or a refusal.
 func (a *appender) submit(ctx context.Context, s *Submission) error {
+	s.classify()
 	var timer *time.Timer
 	for {
 		a.mu.Lock()
@@ -74,6 +77,13 @@ func (a *appender) submit(ctx context.Context, s *Submission) error {
 			a.queue = append(a.queue, s)
 			a.count += len(s.Envelopes)
 			a.size += s.size
+			if s.passing {
+				a.passing++
+			}
+			if a.more != nil {
+				close(a.more)
+				a.more = nil
+			}
 			if !a.running {
 				a.running = true
 				a.log.appending.Go(a.run)
@@ -100,18 +110,49 @@ func (a *appender) submit(ctx context.Context, s *Submission) error {
 	}
 }
 
-// next takes the submissions of the next frame from the queue; none ends the run.
+// next takes the submissions of the next frame from the queue; none ends the run. A progress that is all there is waits here for its time, or for anything else to be submitted.
 func (a *appender) next() []*Submission {
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	for {
+		a.mu.Lock()
+		n, wait := len(a.queue), time.Duration(0)
+		if a.passing > 0 {
+			until := a.queue[0].deadline
+			a.mu.Unlock()
+			a.learn(until)
+			a.mu.Lock()
+			n, wait = a.hold(time.Now())
+		}
+		if n > 0 || wait == 0 {
+			batch := a.take(n)
+			a.mu.Unlock()
+			return batch
+		}
+		more := make(chan struct{})
+		a.more = more
+		a.mu.Unlock()
+		timer := time.NewTimer(wait)
+		select {
+		case <-more:
+		case <-timer.C:
+		case <-a.log.closing:
+		}
+		timer.Stop()
+	}
+}
+
+// take takes as many of the queue's first `most` submissions as make a frame. Called by run, with mu held.
+func (a *appender) take(most int) []*Submission {
 	var n, count, size int
-	for _, s := range a.queue {
+	for _, s := range a.queue[:most] {
 		if n > 0 && (count+len(s.Envelopes) > maxFrameEnvelopes || size+s.size > maxFrameBytes || s.tombstone || a.queue[n-1].tombstone) {
 			break
 		}
 		n++
 		count += len(s.Envelopes)
 		size += s.size
+		if s.passing {
+			a.passing--
+		}
 	}
 	a.used = time.Now()
 	if n == 0 {
@@ -122,14 +163,23 @@ func (a *appender) next() []*Submission {
 		return nil
 	}
 	batch := a.queue[:n:n]
+	if first := batch[0]; !first.waitUntil.IsZero() {
+		// Its waiting was not for NATS.
+		first.deadline = a.used.Add(a.log.cfg.HoldFor)
+	}
 	a.queue = a.queue[n:]
 	a.count -= count
 	a.size -= size
+	a.makeRoom()
+	return batch
+}
+
+// makeRoom tells those who wait for room in the queue. Called with mu held.
+func (a *appender) makeRoom() {
 	if a.room != nil {
 		close(a.room)
 		a.room = nil
 	}
-	return batch
 }
 
 func (a *appender) run() {
@@ -346,6 +396,9 @@ func (d *draft) releaseAll() {
 // finish answers the submission.
 func (s *Submission) finish(r Receipt, err error) {
 	s.release()
+	if len(s.replaced) > 0 {
+		s.answerReplaced(r, err)
+	}
 	s.Done(r, err)
 }
 

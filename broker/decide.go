@@ -18,6 +18,8 @@ type draft struct {
 	st *state
 	// head is the seq of the last envelope of the draft.
 	head uint64
+	// life is where the session stands behind the draft's envelopes.
+	life lifecycle
 	// producers holds where the producers that the draft touches have come to.
 	producers map[string]producerHead
 	// taken are the submissions that the frame answers, each with its receipt.
@@ -46,7 +48,9 @@ func (l *lookup) Error() string {
 	return fmt.Sprintf("broker: the place of %+v is to be looked up", l.place)
 }
 
-func newDraft(id schema.SessionID, st *state) *draft { return &draft{id: id, st: st, head: st.head} }
+func newDraft(id schema.SessionID, st *state) *draft {
+	return &draft{id: id, st: st, head: st.head, life: st.lifecycle}
+}
 
 // add decides about a submission. stored is set where the answer is known at once: it is a duplicate of what is stored. Otherwise, without an error, the frame answers it.
 // The error is a refusal, or a [*lookup].
@@ -63,6 +67,10 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 		d.taken = append(d.taken, answer{s, r})
 		return nil, nil
 	}
+	if s.waitEpoch != "" && s.waitEpoch != d.st.epoch {
+		// Stored at once it would have gone with that history; it must not begin another.
+		return nil, schema.Refuse(schema.Code_CODE_SESSION_DELETED, "Session %s was deleted while the progress waited to be stored, and the progress with it.", d.id)
+	}
 	if s.base != nil && !d.st.recent.covers(d.st, *s.base) {
 		return nil, schema.Refuse(schema.Code_CODE_UNAVAILABLE, "The envelopes handed over for session %s come too late to tell whether they are stored.", d.id)
 	}
@@ -74,6 +82,10 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 	heads, err := d.sequence(s)
 	if err != nil {
 		return nil, err
+	}
+	life, refusal := d.live(s)
+	if refusal != nil {
+		return nil, refusal
 	}
 	r := Receipt{Epoch: d.st.epoch, First: d.head + 1, Last: d.head + uint64(len(s.Envelopes))}
 	for i := range s.Envelopes {
@@ -88,7 +100,7 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 	for i := range s.Envelopes {
 		d.envelopes = append(d.envelopes, &s.Envelopes[i])
 	}
-	d.head = r.Last
+	d.head, d.life = r.Last, life
 	d.size += size
 	for id, h := range heads {
 		if d.producers == nil {
@@ -98,6 +110,22 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 	}
 	d.taken = append(d.taken, answer{s, r})
 	return nil, nil
+}
+
+// live lets the submission's envelopes come one behind the other, and returns where the session stands then, or why one of them may not come.
+func (d *draft) live(s *Submission) (lifecycle, *schema.Refusal) {
+	life := d.life
+	if life.status == schema.Status_STATUS_UNSPECIFIED {
+		life.begin(s.Kind)
+	}
+	for i := range s.Envelopes {
+		e := &s.Envelopes[i]
+		if refusal := life.decide(d.id, e.Kind, e.Payload); refusal != nil {
+			return life, refusal
+		}
+		life.fold(d.head+uint64(i)+1, e.Kind, e.Payload)
+	}
+	return life, nil
 }
 
 // duplicate reports whether the submission is stored, or in the draft, already, and the seq of its first envelope.
@@ -224,7 +252,7 @@ func (d *draft) frame(edge string, id ulid.ULID, now time.Time, buf []byte) (*fr
 	f.Epoch, f.First, f.Count, f.Time = d.st.epoch, d.st.head+1, len(d.envelopes), now
 	if d.st.head == 0 {
 		// The first envelope of a history names it.
-		f.Epoch, f.Prev = id.String(), 0
+		f.Epoch, f.Prev, f.Kind = id.String(), 0, d.life.kind
 		for i := range d.taken {
 			d.taken[i].r.Epoch = f.Epoch
 		}
@@ -240,13 +268,11 @@ func (d *draft) frame(edge string, id ulid.ULID, now time.Time, buf []byte) (*fr
 
 // commit folds the draft into the state: its frame is stored.
 func (d *draft) commit(f *frame) {
-	if d.st.head == 0 {
-		d.st.epoch, d.st.created, d.st.deleted = f.Epoch, f.Time, false
-	}
-	d.st.updated = f.Time
+	d.st.meetFrame(f)
 	for i, e := range d.envelopes {
-		d.st.foldPayload(f.First+uint64(i), e.Kind, e.Payload, e.Producer)
+		d.st.advance(f.First+uint64(i), e.Kind, e.Producer)
 	}
+	d.st.lifecycle = d.life
 	d.st.recent.trim()
 	d.st.frame = f.StreamSeq
 }

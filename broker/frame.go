@@ -22,6 +22,8 @@ type frame struct {
 	ID string
 	// Deleted: this frame ends the history.
 	Deleted bool
+	// Kind is what the session is, in the first frame of a history only; unspecified means chat, and a SessionCreated in the frame goes before it.
+	Kind schema.SessionKind
 
 	// subject and cost are the tail's: where the frame belongs, and what it takes in the ring, in bytes; 0 once it has left it.
 	subject string
@@ -38,6 +40,7 @@ const (
 	framePrev      protowire.Number = 6
 	frameCount     protowire.Number = 7
 	frameDeleted   protowire.Number = 8
+	frameKind      protowire.Number = 9
 	frameEnvelopes protowire.Number = 15
 )
 
@@ -65,6 +68,7 @@ func (f *frame) appendHeader(b []byte) []byte {
 	if f.Deleted {
 		b = appendUint(b, frameDeleted, 1)
 	}
+	b = appendUint(b, frameKind, uint64(f.Kind))
 	return b
 }
 
@@ -138,6 +142,8 @@ func (f *frame) field(num protowire.Number, typ protowire.Type, value []byte) {
 			f.Count = int(v)
 		case frameDeleted:
 			f.Deleted = v != 0
+		case frameKind:
+			f.Kind = schema.SessionKind(v)
 		}
 	case protowire.BytesType:
 		body, _ := protowire.ConsumeBytes(value)

@@ -102,6 +102,7 @@ func (s *Submission) handOverRequest() []byte {
 	if s.Expected != nil {
 		b = appendVarint(b, 1, *s.Expected)
 	}
+	b = appendUint(b, 2, uint64(s.Kind))
 	for _, e := range s.Envelopes {
 		b = protowire.AppendBytes(protowire.AppendTag(b, frameEnvelopes, protowire.BytesType), e.Bytes)
 	}
@@ -125,7 +126,7 @@ func parseHandOver(data []byte) (id schema.SessionID, batch []*Submission, err e
 		l := protowire.ConsumeFieldValue(num, typ, b[n:])
 		if num == 5 && typ == protowire.BytesType {
 			body, _ := protowire.ConsumeBytes(b[n:])
-			s := &Submission{base: base, Expected: m.GetRequests()[i].ExpectedSeq}
+			s := &Submission{base: base, Expected: m.GetRequests()[i].ExpectedSeq, Kind: m.GetRequests()[i].GetKind()}
 			if err := s.parseRequest(body); err != nil {
 				return id, nil, err
 			}

@@ -77,7 +77,8 @@ type JetStreamLog struct {
 	appending sync.WaitGroup
 	queued    *semaphore.Weighted
 	handOvers chan struct{}
-	reader    *reader // set with layout
+	closing   chan struct{} // closed by Close: what waits to be stored waits no longer
+	reader    *reader       // set with layout
 	presence  *presence
 
 	mu        sync.Mutex
@@ -112,7 +113,7 @@ func Open(cfg Config) (*JetStreamLog, error) {
 	}
 	l := &JetStreamLog{
 		cfg: cfg, edge: cfg.Edge, logger: cfg.Logger, metrics: newMetrics(cfg.Metrics), conn: conn, reads: reads, js: js,
-		queued: semaphore.NewWeighted(cfg.QueueBytes), handOvers: make(chan struct{}, maxHandOvers), appenders: make(map[schema.SessionID]*appender),
+		queued: semaphore.NewWeighted(cfg.QueueBytes), handOvers: make(chan struct{}, maxHandOvers), closing: make(chan struct{}), appenders: make(map[schema.SessionID]*appender),
 	}
 	l.presence = newPresence(l)
 	l.storing, l.stop = context.WithCancel(context.Background()) //nolint:forbidigo // the log's own lifetime, ended by Close
@@ -175,7 +176,10 @@ func (l *JetStreamLog) find(ctx context.Context) (int, error) {
 // Close waits until what was submitted is answered, or ctx ends, and disconnects. Nothing may be submitted meanwhile. Run must have returned, or be about to.
 func (l *JetStreamLog) Close(ctx context.Context) error {
 	l.mu.Lock()
-	l.closed = true
+	if !l.closed {
+		l.closed = true
+		close(l.closing)
+	}
 	l.mu.Unlock()
 	done := make(chan struct{})
 	go func() {

@@ -17,6 +17,9 @@ type Log interface {
 	// Publish submits one publish request to the session's appender. It blocks while the appender's queue is full, which is the back pressure that a
 	// transport hands on to its client, at most [Config.HoldFor]. Requests submitted one after the other are stored in that order.
 	//
+	// A request of one workflow_progress, without a producer and without an expected seq, may wait for up to a second behind the session's last stored one, be replaced by a newer such request
+	// meanwhile, and is then answered with the newer's place and Receipt.Replaced. Whatever else is submitted behind it stores it first.
+	//
 	// The answer comes through s.Done, exactly once, possibly before Publish returns: after the envelopes are stored under the log's durability class (I1),
 	// or when they are refused. ctx bounds the waiting for room, not the storing.
 	Publish(ctx context.Context, id schema.SessionID, s *Submission)
@@ -66,6 +69,7 @@ type Submission struct {
 	deadline time.Time
 	// held is what it holds bytes of; nil where it holds none.
 	held *semaphore.Weighted
+	throttle
 }
 
 // Receipt is the place that a submission got.

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"tidemark/schema"
@@ -41,8 +40,12 @@ type memorySession struct {
 	// ids and envelopes of all that was ever stored: that of seq n is at n-1.
 	ids       []ulid.ULID
 	producers map[string]*memoryProducer
-	record    *schema.Session
-	prompt    bool
+	life      lifecycle
+	created   time.Time
+	updated   time.Time
+	// progressed is when progress was stored last; waiting is the progress that waits for a second to pass since then, nil where none does.
+	progressed time.Time
+	waiting    *Submission
 	// changed orders the registry.
 	changed uint64
 }
@@ -63,40 +66,58 @@ func (l *MemoryLog) Status() Status {
 	return Status{Ready: true, Durability: schema.Durability_DURABILITY_MEMORY, MaxEnvelopeBytes: schema.MaxEnvelopeBytes, Edge: "memory"}
 }
 
-// Publish implements [Log]. It never waits.
+// Publish implements [Log]. It never waits for room.
 func (l *MemoryLog) Publish(_ context.Context, id schema.SessionID, s *Submission) {
+	s.classify()
+	var said saying
 	l.mu.Lock()
-	r, err := l.publish(id, s)
-	wake := l.wakes(id, err == nil && !r.Duplicate)
+	if err := l.check(id, s); err != nil {
+		said.answer(s, Receipt{}, err)
+	} else if !l.wait(id, s, &said) {
+		l.storeWaiting(id, &said)
+		l.submit(id, s, &said)
+	}
 	l.mu.Unlock()
-	wake()
-	s.Done(r, err)
+	said.out()
+}
+
+// submit decides about a submission that waits no longer.
+func (l *MemoryLog) submit(id schema.SessionID, s *Submission, said *saying) {
+	r, err := l.publish(id, s)
+	said.wake(l.wakes(id, err == nil && !r.Duplicate))
+	said.answer(s, r, err)
+}
+
+// check refuses what is too much, or nothing, whatever the session holds.
+func (l *MemoryLog) check(id schema.SessionID, s *Submission) error {
+	// What the edge adds to an envelope does not count.
+	const added = 512
+	n := len(s.Envelopes)
+	size := -n * added
+	for i := range s.Envelopes {
+		size += s.Envelopes[i].Size()
+	}
+	switch {
+	case n == 0 || n > schema.MaxPublishEnvelopes:
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "A publish to session %s holds %d envelopes; it may hold 1 to %d.", id, n, schema.MaxPublishEnvelopes)
+	case size > l.Status().MaxEnvelopeBytes:
+		return schema.Refuse(schema.Code_CODE_TOO_LARGE, "A publish to session %s has %d bytes; at most %d are allowed.", id, size, l.Status().MaxEnvelopeBytes)
+	}
+	return nil
 }
 
 func (l *MemoryLog) publish(id schema.SessionID, s *Submission) (Receipt, error) {
 	n := uint64(len(s.Envelopes))
-	// What the edge adds to an envelope does not count.
-	const added = 512
-	size, seen := -int(n)*added, map[ulid.ULID]bool{}
+	seen := map[ulid.ULID]bool{}
 	for i := range s.Envelopes {
-		e := &s.Envelopes[i]
-		size += e.Size()
-		if seen[e.ID] {
-			return Receipt{}, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Two envelopes of one publish to session %s have the id %s.", id, e.ID)
+		if seen[s.Envelopes[i].ID] {
+			return Receipt{}, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Two envelopes of one publish to session %s have the id %s.", id, s.Envelopes[i].ID)
 		}
-		seen[e.ID] = true
-	}
-	switch {
-	case n == 0 || n > schema.MaxPublishEnvelopes:
-		return Receipt{}, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "A publish to session %s holds %d envelopes; it may hold 1 to %d.",
-			id, n, schema.MaxPublishEnvelopes)
-	case size > l.Status().MaxEnvelopeBytes:
-		return Receipt{}, schema.Refuse(schema.Code_CODE_TOO_LARGE, "A publish to session %s has %d bytes; at most %d are allowed.",
-			id, size, l.Status().MaxEnvelopeBytes)
+		seen[s.Envelopes[i].ID] = true
 	}
 	m := l.sessions[id]
 	if m == nil {
-		m = &memorySession{epoch: ulid.Make().String(), producers: map[string]*memoryProducer{}, record: new(schema.Session)}
+		m = &memorySession{epoch: ulid.Make().String(), producers: map[string]*memoryProducer{}}
 	}
 
 	// All stored before, one behind the other: the first try's answer. None: go on. Anything else is no retry.
@@ -131,6 +152,18 @@ func (l *MemoryLog) publish(id schema.SessionID, s *Submission) (Receipt, error)
 	if err := m.checkProducers(id, s.Envelopes); err != nil {
 		return Receipt{}, err
 	}
+	// On a copy: all of them may come, or none is stored.
+	life := m.life
+	if m.head() == 0 {
+		life.begin(s.Kind)
+	}
+	for i, e := range s.Envelopes {
+		if refusal := life.decide(id, e.Kind, e.Payload); refusal != nil {
+			return Receipt{}, refusal
+		}
+		life.fold(m.head()+uint64(i)+1, e.Kind, e.Payload)
+	}
+	m.life = life
 	m.store(s.Envelopes, time.Now())
 	l.changes++
 	m.changed = l.changes
@@ -197,9 +230,9 @@ func producerGap(id schema.SessionID, p schema.ProducerPlace, expected uint64) e
 func (m *memorySession) store(envelopes []schema.Accepted, now time.Time) {
 	b := &Block{Epoch: m.epoch, First: m.head() + 1, Count: len(envelopes), Time: now}
 	if m.head() == 0 {
-		m.record.Created, m.record.Status = timestamppb.New(now), schema.Status_STATUS_OPEN
+		m.created = now
 	}
-	m.record.Updated = timestamppb.New(now)
+	m.updated = now
 	for _, e := range envelopes {
 		m.ids = append(m.ids, e.ID)
 		b.Region = e.AppendRecord(b.Region, m.head())
@@ -209,45 +242,11 @@ func (m *memorySession) store(envelopes []schema.Accepted, now time.Time) {
 			}
 			m.producers[p.ID].last, m.producers[p.ID].places[p.Seq] = p.Seq, m.head()
 		}
-		m.fold(e.Bytes)
+		if e.Kind == schema.KindWorkflowProgress {
+			m.progressed = now
+		}
 	}
 	m.blocks = append(m.blocks, b)
-}
-
-// fold moves the session's status.
-func (m *memorySession) fold(raw []byte) {
-	e := new(schema.Envelope)
-	if err := proto.Unmarshal(raw, e); err != nil {
-		panic("broker: an accepted envelope cannot be decoded: " + err.Error()) //nolint:forbidigo // invariant: Accept decoded it
-	}
-	to := schema.Status_STATUS_UNSPECIFIED
-	switch p := e.GetPayload().(type) {
-	case *schema.Envelope_SessionCreated:
-		m.record.Kind, m.record.MetadataJson = p.SessionCreated.GetKind(), p.SessionCreated.GetMetadataJson()
-	case *schema.Envelope_StartRun:
-		to = schema.Status_STATUS_RUNNING
-	case *schema.Envelope_RunStatus:
-		to = p.RunStatus.GetStatus()
-	case *schema.Envelope_WaitingForInput:
-		to = schema.Status_STATUS_WAITING_FOR_INPUT
-	case *schema.Envelope_UserInput:
-		if m.prompt {
-			to = schema.Status_STATUS_RUNNING
-		}
-	case *schema.Envelope_Error:
-		if !p.Error.GetRecoverable() {
-			to = schema.Status_STATUS_FAILED
-		}
-	}
-	if to == schema.Status_STATUS_UNSPECIFIED {
-		return
-	}
-	_, m.prompt = e.GetPayload().(*schema.Envelope_WaitingForInput)
-	ended := to == schema.Status_STATUS_COMPLETED || to == schema.Status_STATUS_FAILED || to == schema.Status_STATUS_CANCELLED
-	if ended && m.record.GetKind() == schema.SessionKind_SESSION_KIND_CHAT {
-		to = schema.Status_STATUS_OPEN
-	}
-	m.record.Status = to
 }
 
 func (m *memorySession) head() uint64 {
@@ -272,7 +271,7 @@ func (l *MemoryLog) Follow(_ context.Context, id schema.SessionID, o FollowOptio
 	m := l.sessions[id]
 	at := Attachment{First: m.first(), Head: m.head()}
 	if m != nil {
-		at.Epoch, at.Status = m.epoch, m.record.GetStatus()
+		at.Epoch, at.Status = m.epoch, m.life.status
 	}
 	if m == nil && o.MustExist {
 		return nil, noSession(id)
@@ -338,9 +337,10 @@ func (l *MemoryLog) Session(_ context.Context, id schema.SessionID) (*schema.Ses
 }
 
 func (m *memorySession) session(id schema.SessionID) *schema.Session {
-	s := proto.CloneOf(m.record)
-	s.Session, s.Epoch, s.FirstSeq, s.HeadSeq = id.Name, m.epoch, m.first(), m.head()
-	return s
+	return &schema.Session{
+		Session: id.Name, Epoch: m.epoch, Kind: m.life.kind, Status: m.life.status, FirstSeq: m.first(), HeadSeq: m.head(),
+		Created: timestamppb.New(m.created), Updated: timestamppb.New(m.updated), MetadataJson: m.life.metadata,
+	}
 }
 
 // Sessions implements [Log]. The registry does not lag; its token is the place of the last session listed in the order of changes.
@@ -357,7 +357,7 @@ func (l *MemoryLog) Sessions(_ context.Context, tenant string, q Query) (Session
 	var ids []schema.SessionID
 	for id, m := range l.sessions {
 		if id.Tenant == tenant && strings.HasPrefix(id.Name, q.Prefix) && m.changed > after &&
-			(q.Status == schema.Status_STATUS_UNSPECIFIED || q.Status == m.record.GetStatus()) && (q.May == nil || q.May(id.Name)) {
+			(q.Status == schema.Status_STATUS_UNSPECIFIED || q.Status == m.life.status) && (q.May == nil || q.May(id.Name)) {
 			ids = append(ids, id)
 		}
 	}
@@ -375,16 +375,19 @@ func (l *MemoryLog) Sessions(_ context.Context, tenant string, q Query) (Session
 
 // Delete implements [Log].
 func (l *MemoryLog) Delete(_ context.Context, id schema.SessionID) error {
+	var said saying
 	l.mu.Lock()
-	if l.sessions[id] == nil {
-		l.mu.Unlock()
-		return noSession(id)
+	// What waits is of the history that ends.
+	l.storeWaiting(id, &said)
+	err := noSession(id)
+	if l.sessions[id] != nil {
+		delete(l.sessions, id)
+		said.wake(l.wakes(id, true))
+		err = nil
 	}
-	delete(l.sessions, id)
-	wake := l.wakes(id, true)
 	l.mu.Unlock()
-	wake()
-	return nil
+	said.out()
+	return err
 }
 
 // Enter implements [Log]. It never waits.

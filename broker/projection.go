@@ -222,10 +222,7 @@ func (p *projection) fold(s *projected, f *frame, now time.Time) {
 
 // project folds a part of a frame, without the ids: nothing is decided on this state.
 func (s *state) project(f *frame, v View) error {
-	if s.head == 0 {
-		s.epoch, s.created = f.Epoch, f.Time
-	}
-	s.updated = f.Time
+	s.meetFrame(f)
 	for seq, raw := range v.Each() {
 		e, err := schema.Scan(raw)
 		if err != nil {

@@ -104,7 +104,7 @@ func sessionIn(m *stored, prefix string, q Query) *schema.Session {
 		return nil
 	}
 	return &schema.Session{
-		Session: record.GetSession(), Epoch: record.GetEpoch(), Kind: record.GetKind(), Status: record.GetStatus(), HeadSeq: record.GetHeadSeq(),
+		Session: record.GetSession(), Epoch: record.GetEpoch(), Kind: kindOf(record.GetKind()), Status: record.GetStatus(), HeadSeq: record.GetHeadSeq(),
 		Created: record.GetCreated(), Updated: record.GetUpdated(), MetadataJson: record.GetMetadataJson(),
 	}
 }

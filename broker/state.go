@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"github.com/oklog/ulid/v2"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"tidemark/schema"
@@ -32,12 +31,10 @@ type state struct {
 	// deleted: the last frame is a tombstone; the next append begins another history.
 	deleted bool
 
-	kind             schema.SessionKind
-	status           schema.Status
-	prompt           uint64
-	run              string
-	metadata         string
+	lifecycle
 	created, updated time.Time
+	// progressed is when the last frame was written that holds a WorkflowProgress; zero where none does.
+	progressed time.Time
 
 	producers map[string]*producerState
 	// forgot: there were more producers than are remembered.
@@ -68,10 +65,7 @@ func (s *state) foldFrame(f *frame) error {
 		s.frame, s.deleted = f.StreamSeq, true
 		return nil
 	}
-	if s.head == 0 {
-		s.epoch, s.created, s.deleted = f.Epoch, f.Time, false
-	}
-	s.updated = f.Time
+	s.meetFrame(f)
 	for seq, raw := range f.All().Each() {
 		e, err := schema.Scan(raw)
 		if err != nil {
@@ -83,60 +77,36 @@ func (s *state) foldFrame(f *frame) error {
 	return nil
 }
 
+// meetFrame takes in what a frame says of itself, before its envelopes.
+func (s *state) meetFrame(f *frame) {
+	if s.head == 0 {
+		s.epoch, s.created, s.deleted = f.Epoch, f.Time, false
+		s.begin(f.Kind)
+	}
+	s.updated = f.Time
+}
+
 // fold folds the envelope with the next seq.
 func (s *state) fold(seq uint64, id ulid.ULID, kind schema.Kind, payload []byte, p schema.ProducerPlace) {
 	s.recent.add(seq, id)
 	s.foldPayload(seq, kind, payload, p)
 }
 
-// foldPayload is fold without the id, which a draft has put in already.
+// foldPayload is fold without the id.
 func (s *state) foldPayload(seq uint64, kind schema.Kind, payload []byte, p schema.ProducerPlace) {
+	s.advance(seq, kind, p)
+	s.lifecycle.fold(seq, kind, payload)
+}
+
+// advance is foldPayload without what the payload does to the session's life, which a draft has folded already.
+func (s *state) advance(seq uint64, kind schema.Kind, p schema.ProducerPlace) {
 	s.head = seq
 	if p.ID != "" {
 		s.foldProducer(seq, p)
 	}
-	if s.status == schema.Status_STATUS_UNSPECIFIED {
-		s.status = schema.Status_STATUS_OPEN
+	if kind == schema.KindWorkflowProgress {
+		s.progressed = s.updated
 	}
-	switch kind {
-	case schema.KindSessionCreated:
-		var m schema.SessionCreated
-		if proto.Unmarshal(payload, &m) == nil {
-			s.kind, s.metadata = m.GetKind(), m.GetMetadataJson()
-		}
-	case schema.KindStartRun:
-		var m schema.StartRun
-		if proto.Unmarshal(payload, &m) == nil {
-			s.run, s.status, s.prompt = m.GetRunId(), schema.Status_STATUS_RUNNING, 0
-		}
-	case schema.KindRunStatus:
-		var m schema.RunStatus
-		if proto.Unmarshal(payload, &m) == nil {
-			s.foldStatus(m.GetStatus())
-		}
-	case schema.KindWaitingForInput:
-		s.prompt, s.status = seq, schema.Status_STATUS_WAITING_FOR_INPUT
-	case schema.KindUserInput:
-		if s.prompt != 0 {
-			s.prompt, s.status = 0, schema.Status_STATUS_RUNNING
-		}
-	case schema.KindError:
-		var m schema.Error
-		if proto.Unmarshal(payload, &m) == nil && m.Recoverable != nil && !m.GetRecoverable() {
-			s.foldStatus(schema.Status_STATUS_FAILED)
-		}
-	default:
-		// The others do not move the session.
-	}
-}
-
-// foldStatus moves the session to where its run is. A chat is open again when a run has ended.
-func (s *state) foldStatus(to schema.Status) {
-	s.prompt = 0
-	if terminal(to) && s.kind == schema.SessionKind_SESSION_KIND_CHAT {
-		to = schema.Status_STATUS_OPEN
-	}
-	s.status = to
 }
 
 // view is a copy that tells where the session stands, and can be folded on, but decides nothing: it remembers neither ids nor producers.
@@ -153,10 +123,6 @@ func (s *state) session(name string, first uint64) *schema.Session {
 		Session: name, Epoch: s.epoch, Kind: s.kind, Status: s.status, FirstSeq: first, HeadSeq: s.head,
 		Created: timestamppb.New(s.created), Updated: timestamppb.New(s.updated), MetadataJson: s.metadata,
 	}
-}
-
-func terminal(s schema.Status) bool {
-	return s == schema.Status_STATUS_COMPLETED || s == schema.Status_STATUS_FAILED || s == schema.Status_STATUS_CANCELLED
 }
 
 func (s *state) foldProducer(seq uint64, p schema.ProducerPlace) {
@@ -213,7 +179,10 @@ func (p *producerState) place(seq uint64) (uint64, bool) {
 func (s *state) proto() *schema.SessionState {
 	m := &schema.SessionState{
 		Epoch: s.epoch, HeadSeq: s.head, HeadFrame: s.frame, Kind: s.kind, Status: s.status, PromptSeq: s.prompt, RunId: s.run,
-		MetadataJson: s.metadata, Created: timestamppb.New(s.created), Updated: timestamppb.New(s.updated), ProducersForgotten: s.forgot,
+		MetadataJson: s.metadata, Created: timestamppb.New(s.created), Updated: timestamppb.New(s.updated), ProducersForgotten: s.forgot, PromptOptions: s.options,
+	}
+	if !s.progressed.IsZero() {
+		m.Progressed = timestamppb.New(s.progressed)
 	}
 	for id, p := range s.producers {
 		ps := &schema.ProducerState{Id: id, Epoch: p.epoch, LastSeq: p.last}
@@ -235,7 +204,12 @@ func (s *state) proto() *schema.SessionState {
 func stateOf(m *schema.SessionState) *state {
 	s := newState()
 	s.epoch, s.head, s.frame = m.GetEpoch(), m.GetHeadSeq(), m.GetHeadFrame()
-	s.kind, s.status, s.prompt, s.run, s.metadata = m.GetKind(), m.GetStatus(), m.GetPromptSeq(), m.GetRunId(), m.GetMetadataJson()
+	s.lifecycle = lifecycle{
+		kind: kindOf(m.GetKind()), status: m.GetStatus(), run: m.GetRunId(), prompt: m.GetPromptSeq(), options: m.GetPromptOptions(), metadata: m.GetMetadataJson(),
+	}
+	if m.Progressed != nil {
+		s.progressed = m.GetProgressed().AsTime()
+	}
 	s.forgot = m.GetProducersForgotten()
 	s.created, s.updated = m.GetCreated().AsTime(), m.GetUpdated().AsTime()
 	for _, p := range m.GetProducers() {

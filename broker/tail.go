@@ -295,6 +295,14 @@ func (t *tail) framesBehind(subject string, streamSeq uint64) []*frame {
 	return slices.Clone(l.frames[i:])
 }
 
+// knowsBetter reports whether the session has another history, or a later head, than a state of it says. What the tail does not know it does not say.
+func (t *tail) knowsBetter(subject string, st *state) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	l := t.lanes[subject]
+	return l != nil && l.known && t.last >= st.frame && (l.epoch != st.epoch || l.head() > st.head)
+}
+
 // frameAt returns the session's frame with this stream sequence, if it is here.
 func (t *tail) frameAt(subject string, streamSeq uint64) *frame {
 	if frames := t.framesBehind(subject, streamSeq-1); len(frames) > 0 && frames[0].StreamSeq == streamSeq {

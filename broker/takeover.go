@@ -45,7 +45,7 @@ func (s *state) foldRest(f *frame) error {
 	if v.Len() == 0 {
 		return nil
 	}
-	part := frame{Block: Block{Epoch: f.Epoch, First: v.From, Count: v.Len(), Region: v.Records(), Time: f.Time}, StreamSeq: f.StreamSeq}
+	part := frame{Block: Block{Epoch: f.Epoch, First: v.From, Count: v.Len(), Region: v.Records(), Time: f.Time}, StreamSeq: f.StreamSeq, Kind: f.Kind}
 	return s.foldFrame(&part)
 }
 

@@ -85,6 +85,8 @@ type twin struct {
 	epochs []string
 	head   uint64
 	next   map[string]schema.ProducerPlace
+	// ended: this history takes no more.
+	ended bool
 	// truncated: retention took a part of this history.
 	truncated bool
 	// followers are open on both sides.
@@ -101,6 +103,8 @@ func (p *pair) on(i, edge int, s *twin) *world { return p.sides[i].edges[edge].o
 func (p *pair) step() {
 	s, edge := p.sessions[p.rng.IntN(len(p.sessions))], p.rng.IntN(2)
 	switch n := p.rng.IntN(100); {
+	case s.ended && n < 10:
+		p.delete(s, edge)
 	case n < 35:
 		p.publish(s, edge, 1)
 	case n < 50:
@@ -148,10 +152,15 @@ func (p *pair) submission(s *twin) broker.Submission {
 		}
 	case n < 10:
 		sub.Envelopes = p.produced(s)
+	case n < 13:
+		sub.Envelopes = []schema.Accepted{Progress(fmt.Sprint(s.head))}
 	default:
 		for range 1 + p.rng.IntN(6) {
 			sub.Envelopes = append(sub.Envelopes, p.envelope())
 		}
+	}
+	if p.rng.IntN(6) == 0 {
+		sub.Kind = p.kind()
 	}
 	switch p.rng.IntN(10) {
 	case 0:
@@ -187,23 +196,36 @@ func (p *pair) produced(s *twin) []schema.Accepted {
 	return out
 }
 
+func (p *pair) kind() schema.SessionKind {
+	return []schema.SessionKind{schema.SessionKind_SESSION_KIND_CHAT, schema.SessionKind_SESSION_KIND_WORKFLOW}[p.rng.IntN(2)]
+}
+
 func (p *pair) envelope() schema.Accepted {
-	switch p.rng.IntN(12) {
+	run := []string{"", "r", "s"}[p.rng.IntN(3)]
+	switch p.rng.IntN(20) {
 	case 0:
 		return UserMessage("hello")
 	case 1:
-		return Created([]schema.SessionKind{schema.SessionKind_SESSION_KIND_CHAT, schema.SessionKind_SESSION_KIND_WORKFLOW}[p.rng.IntN(2)], fmt.Sprintf(`{"n":%d}`, p.rng.IntN(9)))
+		return Created(p.kind(), fmt.Sprintf(`{"n":%d}`, p.rng.IntN(9)))
 	case 2:
 		return StartRun("r")
 	case 3:
-		return Waiting("?")
+		return StartRun(run + "r")
 	case 4:
-		return Input("1")
+		return Waiting("?")
 	case 5:
+		return Waiting("?", "a", "b")
+	case 6, 7:
+		return Input([]string{"1", `"a"`, `"c"`}[p.rng.IntN(3)])
+	case 8:
 		return Failure("no", p.rng.IntN(2) == 0)
-	case 6:
-		return RunStatus(schema.Status(1 + p.rng.IntN(6)))
-	case 7:
+	case 9:
+		return RunStatusOf(run, schema.Status(1+p.rng.IntN(6)))
+	case 10:
+		return Progress("among others")
+	case 11:
+		return []schema.Accepted{System("x"), Cancel()}[p.rng.IntN(2)]
+	case 12:
 		return Token("m", strings.Repeat("long ", p.rng.IntN(2000)))
 	}
 	return Token(fmt.Sprint("m", p.rng.IntN(2)), "text ")
@@ -216,6 +238,13 @@ func (p *pair) publish(s *twin, edge, n int) {
 	for range n {
 		subs = append(subs, p.submission(s))
 	}
+	for _, sub := range subs {
+		if len(sub.Envelopes) == 1 && sub.Envelopes[0].Kind == schema.KindWorkflowProgress {
+			// Whether an edge knows what the other has stored within a second depends on its tail.
+			time.Sleep(2 * time.Second)
+			break
+		}
+	}
 	for i := range p.sides {
 		for _, sub := range subs {
 			answers[i] = append(answers[i], p.on(i, edge, s).submit(sub))
@@ -224,14 +253,15 @@ func (p *pair) publish(s *twin, edge, n int) {
 	for j, sub := range subs {
 		a, b := <-answers[0][j], <-answers[1][j]
 		p.note("publish %d of %d envelopes to %s on edge %d, %s: %s", j, len(sub.Envelopes), s.id, edge, describe(sub), outcome(a.r, a.err))
-		if !p.sameError(a.err, b.err) || a.err == nil && (a.r.First != b.r.First || a.r.Last != b.r.Last || a.r.Duplicate != b.r.Duplicate) {
+		if !p.sameError(a.err, b.err) || a.err == nil && (a.r.First != b.r.First || a.r.Last != b.r.Last || a.r.Duplicate != b.r.Duplicate || a.r.Replaced != b.r.Replaced) {
 			p.Fatalf("a publish to %s, %s, was answered %s and %s", s.id, describe(sub), outcome(a.r, a.err), outcome(b.r, b.err))
 		}
 		if a.err != nil {
+			s.ended = schema.CodeOf(a.err) == schema.Code_CODE_SESSION_ENDED
 			continue
 		}
 		p.sameEpoch(a.r.Epoch, b.r.Epoch)
-		if a.r.Duplicate {
+		if a.r.Duplicate || a.r.Replaced {
 			continue
 		}
 		if a.r.First == 1 {
@@ -261,7 +291,7 @@ func outcome(r broker.Receipt, err error) string {
 	if err != nil {
 		return err.Error()
 	}
-	return fmt.Sprintf("seq %d to %d, duplicate %t", r.First, r.Last, r.Duplicate)
+	return fmt.Sprintf("seq %d to %d, duplicate %t, replaced %t", r.First, r.Last, r.Duplicate, r.Replaced)
 }
 
 // sameError reports whether both refusals say the same.
@@ -447,7 +477,7 @@ func (p *pair) delete(s *twin, edge int) {
 	if !p.sameError(errs[0], errs[1]) {
 		p.Fatalf("deleting %s gave %v and %v", s.id, errs[0], errs[1])
 	}
-	s.sent, s.head, s.next, s.truncated = nil, 0, map[string]schema.ProducerPlace{}, false
+	s.sent, s.head, s.next, s.truncated, s.ended = nil, 0, map[string]schema.ProducerPlace{}, false, false
 }
 
 // restart restarts the logs that can be, and so ends all followers.

@@ -57,14 +57,41 @@ func StartRun(run string) schema.Accepted {
 	return Accept(&schema.Envelope{Payload: &schema.Envelope_StartRun{StartRun: &schema.StartRun{RunId: run}}})
 }
 
-// RunStatus says where a run stands.
-func RunStatus(status schema.Status) schema.Accepted {
-	return Accept(&schema.Envelope{Payload: &schema.Envelope_RunStatus{RunStatus: &schema.RunStatus{Status: status}}})
+// RunStatus says where the session's run stands.
+func RunStatus(status schema.Status) schema.Accepted { return RunStatusOf("", status) }
+
+// RunStatusOf says where a run stands.
+func RunStatusOf(run string, status schema.Status) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_RunStatus{RunStatus: &schema.RunStatus{RunId: run, Status: status}}})
 }
 
-// Waiting asks a person.
-func Waiting(prompt string) schema.Accepted {
-	return Accept(&schema.Envelope{Payload: &schema.Envelope_WaitingForInput{WaitingForInput: &schema.WaitingForInput{Prompt: prompt}}})
+// Progress says how far a run is.
+func Progress(message string) schema.Accepted { return Accept(progressOf(message)) }
+
+func progressOf(message string) *schema.Envelope {
+	return &schema.Envelope{Payload: &schema.Envelope_WorkflowProgress{WorkflowProgress: &schema.WorkflowProgress{Step: "s", Message: message}}}
+}
+
+// ProducedProgress is progress at a place of a producer's sequence.
+func ProducedProgress(producer string, epoch, seq uint64) schema.Accepted {
+	e := progressOf("of " + producer)
+	e.Producer = &schema.Producer{Id: producer, Epoch: epoch, Seq: seq}
+	return Accept(e)
+}
+
+// System is a notice.
+func System(message string) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_System{System: &schema.System{Message: message}}})
+}
+
+// Cancel asks that all work in the session stops.
+func Cancel() schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_Cancel{Cancel: &schema.Cancel{Target: &schema.Cancel_Session{Session: true}}}})
+}
+
+// Waiting asks a person; the answer is one of the options, where there are any.
+func Waiting(prompt string, options ...string) schema.Accepted {
+	return Accept(&schema.Envelope{Payload: &schema.Envelope_WaitingForInput{WaitingForInput: &schema.WaitingForInput{Prompt: prompt, Options: options}}})
 }
 
 // Input answers the question.

@@ -92,6 +92,12 @@ func cases() []testCase {
 		// Session, Sessions, Delete.
 		{"SessionIsLive", testSessionIsLive},
 		{"SessionStatus", testSessionStatus},
+		{"SessionKind", testSessionKind},
+		{"SessionEnds", testSessionEnds},
+		{"SessionRefusesAllOrNone", testSessionRefusesAllOrNone},
+		{"SessionRemembersItsQuestion", testSessionRemembersItsQuestion},
+		{"AnswerHasOneWinner", testAnswerHasOneWinner},
+		{"AnswerRepeated", testAnswerRepeated},
 		{"SessionsListed", testSessionsListed},
 		{"SessionsPaged", testSessionsPaged},
 		{"DeleteEndsTheHistory", testDeleteEndsTheHistory},
@@ -107,6 +113,13 @@ func cases() []testCase {
 		{"PlacesHaveOneTaker", testPlacesHaveOneTaker},
 		{"PlacesComeAndGo", testPlacesComeAndGo},
 		{"PlacesEndWithARestart", testPlacesEndWithARestart},
+		// Progress.
+		{"ProgressIsStoredOnceASecond", testProgressOnceASecond},
+		{"ProgressComesBeforeAnythingElse", testProgressBeforeAnythingElse},
+		{"ProgressOnlyAloneIsReplaced", testProgressOnlyAlone},
+		{"ProgressRepeated", testProgressRepeated},
+		{"ProgressOfAFlood", testProgressOfAFlood},
+		{"ProgressGoesWithItsSession", testProgressGoesWithItsSession},
 		// More than one edge, and restarts.
 		{"EdgesSeeEachOther", testEdgesSeeEachOther},
 		{"I2_EdgesAppendAtOnce", testEdgesAppendAtOnce},
@@ -115,11 +128,16 @@ func cases() []testCase {
 		{"I3_RetriesUnderContention", testRetriesUnderContention},
 		{"I6_FencedOnAnotherEdge", testFencedOnAnotherEdge},
 		{"ExpectedSeqHasOneWinnerOverEdges", testExpectedSeqOverEdges},
+		{"AnswerHasOneWinnerOverEdges", testAnswerOverEdges},
+		{"EndedOnAnotherEdge", testEndedOnAnotherEdge},
+		{"ProgressOnAnotherEdge", testProgressOnAnotherEdge},
+		{"ProgressDeletedOnAnotherEdge", testProgressDeletedOnAnotherEdge},
 		{"DecidedOnWhatIsAcknowledged", testDecidedOnWhatIsAcknowledged},
 		{"ResumeOnAnotherEdgeAtOnce", testResumeOnAnotherEdgeAtOnce},
 		{"DeleteOnAnotherEdge", testDeleteOnAnotherEdge},
 		{"I1_RestartKeepsAll", testRestartKeepsAll},
 		{"I3_RestartKnowsRetries", testRestartKnowsRetries},
+		{"ClosingStoresProgress", testClosingStoresProgress},
 	}
 }
 

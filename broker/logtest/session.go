@@ -31,50 +31,6 @@ func testSessionIsLive(w *world) {
 	}
 }
 
-func testSessionStatus(w *world) {
-	const (
-		chat     = schema.SessionKind_SESSION_KIND_CHAT
-		workflow = schema.SessionKind_SESSION_KIND_WORKFLOW
-		open     = schema.Status_STATUS_OPEN
-		running  = schema.Status_STATUS_RUNNING
-		waiting  = schema.Status_STATUS_WAITING_FOR_INPUT
-		failed   = schema.Status_STATUS_FAILED
-		done     = schema.Status_STATUS_COMPLETED
-	)
-	type step struct {
-		envelope func() schema.Accepted
-		want     schema.Status
-	}
-	create := func(k schema.SessionKind) step { return step{func() schema.Accepted { return Created(k, "") }, open} }
-	token := func(want schema.Status) step { return step{func() schema.Accepted { return Token("m", "x") }, want} }
-	start := step{func() schema.Accepted { return StartRun("r") }, running}
-	ask := step{func() schema.Accepted { return Waiting("?") }, waiting}
-	reply := func(want schema.Status) step { return step{func() schema.Accepted { return Input("1") }, want} }
-	says := func(s, want schema.Status) step { return step{func() schema.Accepted { return RunStatus(s) }, want} }
-	fails := func(recoverable bool, want schema.Status) step {
-		return step{func() schema.Accepted { return Failure("no", recoverable) }, want}
-	}
-	for i, steps := range [][]step{
-		{create(workflow), start, token(running), ask, token(waiting), reply(running), says(done, done), token(done)},
-		{create(workflow), start, fails(true, running), ask, fails(false, failed)},
-		{create(chat), start, says(done, open), start, fails(false, open), start, says(schema.Status_STATUS_CANCELLED, open)},
-		{token(open), reply(open), start, reply(running), ask, says(running, running), reply(running), says(schema.Status_STATUS_CANCELLED, schema.Status_STATUS_CANCELLED)},
-		{start, ask, start, ask, reply(running), says(failed, failed)},
-	} {
-		v := w.of(ID(fmt.Sprint("life ", i)))
-		for j, s := range steps {
-			v.publish(s.envelope())
-			if got := v.session().GetStatus(); got != s.want {
-				w.Errorf("life %d is %s after its step %d, want %s", i, got, j+1, s.want)
-			}
-		}
-		f := v.follow(broker.FollowOptions{Start: broker.Start{Head: true}})
-		if got, want := f.f.Attachment().Status, steps[len(steps)-1].want; got != want {
-			w.Errorf("life %d was attached at status %s, want %s", i, got, want)
-		}
-	}
-}
-
 // list reads the whole listing, page by page.
 func (w *world) list(tenant string, q broker.Query) []*schema.Session {
 	w.Helper()
@@ -194,11 +150,12 @@ func testDeleteEndsTheHistory(w *world) {
 	w.refusal(schema.Code_CODE_SESSION_NOT_FOUND, w.log.Delete(w.Context(), w.id))
 	a := Tokens("m", 3)
 	for round := range 3 {
-		old, err := w.try(broker.Submission{Envelopes: join(a, []schema.Accepted{Produced("p", 1, 1), Created(schema.SessionKind_SESSION_KIND_CHAT, "")}), Expected: new(uint64(0))})
+		begin := join([]schema.Accepted{Created(schema.SessionKind_SESSION_KIND_WORKFLOW, `{"a":1}`)}, a, []schema.Accepted{Produced("p", 1, 1)})
+		old, err := w.try(broker.Submission{Envelopes: begin, Expected: new(uint64(0))})
 		if err != nil || old.First != 1 || old.Duplicate {
 			w.Fatalf("round %d went to %+v, %v; the ids of the history before are forgotten with it", round, old, err)
 		}
-		w.publish(StartRun("r"))
+		w.publish(StartRun("r"), Waiting("?", "yes"))
 		w.settle()
 		w.delete()
 		if s := w.session(); s != nil {
@@ -219,7 +176,7 @@ func testDeleteEndsTheHistory(w *world) {
 			w.Fatalf("what came after the deletion went to %+v; the history before was %s", next, old.Epoch)
 		}
 		w.unfollowable(schema.Code_CODE_EPOCH_MISMATCH, broker.FollowOptions{Epoch: old.Epoch})
-		if s := w.session(); s.GetStatus() != schema.Status_STATUS_OPEN || s.GetHeadSeq() != 1 || s.GetKind() != schema.SessionKind_SESSION_KIND_UNSPECIFIED {
+		if s := w.session(); s.GetStatus() != schema.Status_STATUS_OPEN || s.GetHeadSeq() != 1 || s.GetKind() != schema.SessionKind_SESSION_KIND_CHAT || s.GetMetadataJson() != "" {
 			w.Errorf("the new history stands at %v", s)
 		}
 		if all := w.all(); len(all) != 1 || all[0].env.GetUserMessage() == nil {

@@ -1,0 +1,214 @@
+package broker
+
+import (
+	"encoding/json"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/proto"
+
+	"tidemark/schema"
+)
+
+// lifecycle is where a session stands in its life, as its envelopes say (DESIGN section 7; docs/adr/0006). It is pure: no clock, socket or goroutine. decide says whether an envelope may come next, fold what
+// it changes. It is a value: a copy is folded on without touching the original.
+//
+//	open -> running -> waiting_for_input -> running -> completed | failed | cancelled
+//
+// A workflow is one run and ends with it. A chat is open between runs until somebody closes it. A run is under way while the status is running or waiting_for_input.
+//
+// These hold after every fold, and TestLifecycleIsNeverImpossible checks them:
+//
+//  1. kind and status are unspecified before the first envelope, and never again.
+//  2. A question is open if, and only if, the status is waiting_for_input. Only an open question has options.
+//  3. An open chat has no run.
+//  4. What has ended does not change.
+type lifecycle struct {
+	kind   schema.SessionKind
+	status schema.Status
+	// run is the name of the run under way; empty where there is none, or it has no name. In a session that has ended it is the last one's.
+	run string
+	// prompt is the seq of the open question; 0 for none.
+	prompt uint64
+	// options are the answers that the open question allows; empty where any is. Never changed in place.
+	options []string
+	// metadata is a JSON object, as given when the session was created; empty for none.
+	metadata string
+}
+
+// moves reports whether an envelope of this kind may move a session that has begun and not ended. The others need no decision, and no decoding.
+func moves(kind schema.Kind) bool {
+	switch kind {
+	case schema.KindSessionCreated, schema.KindStartRun, schema.KindRunStatus, schema.KindWaitingForInput, schema.KindUserInput, schema.KindError:
+		return true
+	default:
+		return false
+	}
+}
+
+// begin says what the session becomes with its first envelope, unless that is a SessionCreated.
+func (l *lifecycle) begin(kind schema.SessionKind) { l.kind = kindOf(kind) }
+
+// kindOf is the kind that is meant: unspecified means chat.
+func kindOf(k schema.SessionKind) schema.SessionKind {
+	if k == schema.SessionKind_SESSION_KIND_WORKFLOW {
+		return k
+	}
+	return schema.SessionKind_SESSION_KIND_CHAT
+}
+
+// under reports whether a run is under way.
+func (l *lifecycle) under() bool {
+	return l.status == schema.Status_STATUS_RUNNING || l.status == schema.Status_STATUS_WAITING_FOR_INPUT
+}
+
+// terminal says that a session with this status has ended.
+func terminal(s schema.Status) bool {
+	return s == schema.Status_STATUS_COMPLETED || s == schema.Status_STATUS_FAILED || s == schema.Status_STATUS_CANCELLED
+}
+
+// decide says why the envelope may not come next; nil where it may. The payload was validated.
+func (l *lifecycle) decide(id schema.SessionID, kind schema.Kind, payload []byte) *schema.Refusal {
+	if terminal(l.status) {
+		if kind == schema.KindSystem {
+			return nil
+		}
+		return schema.Refuse(schema.Code_CODE_SESSION_ENDED, "Session %s has ended (%s) and takes nothing more but system; go on in another session.", id, word(l.status))
+	}
+	switch kind {
+	case schema.KindSessionCreated:
+		if l.status != schema.Status_STATUS_UNSPECIFIED {
+			return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION, "Session %s has begun already; session_created can only be the first envelope of a session.", id)
+		}
+	case schema.KindStartRun:
+		if l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW && l.run != "" {
+			var m schema.StartRun
+			if proto.Unmarshal(payload, &m) == nil && m.GetRunId() != l.run {
+				return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION, "Session %s is the workflow of run %q and has no second one; start run %q in another session.", id, l.run, m.GetRunId())
+			}
+		}
+	case schema.KindRunStatus:
+		var m schema.RunStatus
+		if proto.Unmarshal(payload, &m) == nil && m.GetStatus() == schema.Status_STATUS_OPEN {
+			return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION,
+				"A run of session %s cannot be open: it is running, waiting_for_input, completed, failed or cancelled; a chat is open when its run has ended.", id)
+		}
+	case schema.KindUserInput:
+		return l.decideInput(id, payload)
+	default:
+		// The others may always come.
+	}
+	return nil
+}
+
+// decideInput says why the open question does not take an answer.
+func (l *lifecycle) decideInput(id schema.SessionID, payload []byte) *schema.Refusal {
+	if l.prompt == 0 {
+		return schema.Refuse(schema.Code_CODE_NOT_WAITING, "Session %s waits for no answer: no question is open, or somebody else has answered it.", id)
+	}
+	if len(l.options) == 0 {
+		return nil
+	}
+	var m schema.UserInput
+	if proto.Unmarshal(payload, &m) != nil {
+		return nil
+	}
+	// An answer that is no string is beyond the options: a form's object, a number.
+	response := strings.TrimLeft(m.GetResponseJson(), " \t\r\n")
+	var text string
+	if !strings.HasPrefix(response, `"`) || json.Unmarshal([]byte(response), &text) != nil || slices.Contains(l.options, text) {
+		return nil
+	}
+	return schema.Refuse(schema.Code_CODE_INVALID_RESPONSE, "The answer is none of the %d that the question of session %s, seq %d, allows; send one of its options.", len(l.options), id, l.prompt)
+}
+
+// fold takes in the envelope with this seq, which came next.
+func (l *lifecycle) fold(seq uint64, kind schema.Kind, payload []byte) {
+	first := l.status == schema.Status_STATUS_UNSPECIFIED
+	if first {
+		l.kind, l.status = kindOf(l.kind), schema.Status_STATUS_OPEN
+	}
+	if !moves(kind) || terminal(l.status) {
+		return
+	}
+	switch kind {
+	case schema.KindSessionCreated:
+		var m schema.SessionCreated
+		if first && proto.Unmarshal(payload, &m) == nil {
+			l.kind, l.metadata = kindOf(m.GetKind()), m.GetMetadataJson()
+		}
+	case schema.KindStartRun:
+		var m schema.StartRun
+		if proto.Unmarshal(payload, &m) == nil {
+			l.run = m.GetRunId()
+			l.stand(schema.Status_STATUS_RUNNING)
+		}
+	case schema.KindRunStatus:
+		var m schema.RunStatus
+		if proto.Unmarshal(payload, &m) == nil {
+			l.foldStatus(seq, m.GetRunId(), m.GetStatus())
+		}
+	case schema.KindWaitingForInput:
+		var m schema.WaitingForInput
+		if proto.Unmarshal(payload, &m) == nil {
+			l.ask(seq, m.GetOptions())
+		}
+	case schema.KindUserInput:
+		if l.prompt != 0 {
+			l.stand(schema.Status_STATUS_RUNNING)
+		}
+	case schema.KindError:
+		var m schema.Error
+		if proto.Unmarshal(payload, &m) == nil && m.Recoverable != nil && !m.GetRecoverable() && (l.under() || l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW) {
+			l.end(schema.Status_STATUS_FAILED)
+		}
+	default:
+		// moves says no.
+	}
+}
+
+// foldStatus takes in what is said of a run. What is said of another run than the one under way does not move the session. Where the run under way has no name yet, or none is under way, a name that comes with
+// the word that it runs, or waits, is its own.
+func (l *lifecycle) foldStatus(seq uint64, run string, to schema.Status) {
+	if run != "" && l.run != "" && run != l.run {
+		return
+	}
+	switch {
+	case to == schema.Status_STATUS_RUNNING:
+		l.stand(to)
+	case to == schema.Status_STATUS_WAITING_FOR_INPUT:
+		l.ask(seq, nil)
+	case !terminal(to):
+		return
+	case l.under(), l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW:
+		l.end(to)
+	case run == "":
+		// A chat with no run under way: this closes it.
+		l.stand(to)
+	default:
+		// A run of a chat that is over, or that never was.
+		return
+	}
+	if run != "" && l.status != schema.Status_STATUS_OPEN {
+		l.run = run
+	}
+}
+
+// ask opens a question in the place of the one that is open, if any.
+func (l *lifecycle) ask(seq uint64, options []string) {
+	l.status, l.prompt, l.options = schema.Status_STATUS_WAITING_FOR_INPUT, seq, options
+}
+
+// stand moves the session to a status in which no question is open.
+func (l *lifecycle) stand(status schema.Status) { l.status, l.prompt, l.options = status, 0, nil }
+
+// end ends the run, and a workflow with it. A chat is open again.
+func (l *lifecycle) end(with schema.Status) {
+	if l.kind == schema.SessionKind_SESSION_KIND_CHAT {
+		l.run, with = "", schema.Status_STATUS_OPEN
+	}
+	l.stand(with)
+}
+
+// word is a status as people write it.
+func word(s schema.Status) string { return strings.ToLower(strings.TrimPrefix(s.String(), "STATUS_")) }
