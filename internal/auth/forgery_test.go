@@ -40,6 +40,13 @@ func TestVerifyByJWKS(t *testing.T) {
 			t.Errorf("%s without a name: %v", s.kid, err)
 		}
 	}
+	// A token that names a key means one of this name, and none has no name.
+	nameless := ofSet(t, auth.Config{}, k.ec.public().with(jwk{"kid": nil}))
+	for _, kid := range []string{"e1", ""} {
+		token := k.ec.tokenWith(t, jwk{"kid": kid}, nil)
+		p, err := nameless.Verify(token)
+		wantRefused(t, token, p, err)
+	}
 	// One of them is the only one for its algorithm.
 	if _, err := all.Verify(k.ed.tokenWith(t, jwk{"kid": nil}, nil)); err != nil {
 		t.Error(err)
