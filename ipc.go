@@ -132,11 +132,9 @@ func (i *ipc) verify(token string) (*auth.Principal, error) {
 	if subtle.ConstantTimeCompare(brought[:], i.digest[:]) != 1 {
 		return nil, schema.Refuse(schema.Code_CODE_UNAUTHENTICATED, "The token is not the one of this start; read it from the file that the server has written.")
 	}
-	return &auth.Principal{
-		Subject: ipcSubject, Tenant: auth.DefaultTenant, Role: schema.Role_ROLE_ADMIN, Sessions: []string{"*"},
-		// It lives as long as the process.
-		Expires: time.Now().AddDate(100, 0, 0),
-	}, nil
+	// It lives as long as the process.
+	never := time.Now().AddDate(100, 0, 0)
+	return &auth.Principal{Subject: ipcSubject, Tenant: auth.DefaultTenant, Role: schema.Role_ROLE_ADMIN, Sessions: []string{"*"}, Expires: never, Until: never}, nil
 }
 
 // publish writes the file for this user alone, whole or not at all, in the place of whatever a dead process has left there.
