@@ -60,13 +60,14 @@ class System:
         return out.decode()
 
 
-async def script(system, *command):
-    """Runs a client whose connections are cut at random; its last line says what it has seen."""
+async def script(system, *command, **settings):
+    """Runs a client whose connections are cut at random; its last line says what it has seen. It finds settings in its environment."""
     http, grpc = await Wire(system.http).open(), await Wire(system.grpc).open()
     cutting = [asyncio.create_task(w.cut_at_random(0.03, 0.25)) for w in (http, grpc)]
     env = dict(system.env, TOKEN=await system.run("token", "--role", "agent"), EDGE_HTTP=system.http, EDGE_GRPC=system.grpc, CUT_HTTP=http.address, CUT_GRPC=grpc.address)
     env["TOKEN"] = env["TOKEN"].strip()
     env["GENERATED"] = os.path.join(CACHE, "generated")
+    env.update(settings)
     p = await asyncio.create_subprocess_exec(*command, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
     try:
         out, _ = await asyncio.wait_for(p.communicate(), PATIENCE)
@@ -87,6 +88,12 @@ async def script(system, *command):
     if p.returncode:
         raise Exception(text)
     return text.splitlines()[-1]
+
+
+async def page(system, chromium):
+    """Opens the page in a browser."""
+    user = await system.run("token", "--role", "user")
+    return await script(system, "node", os.path.join(NODE, "page.mjs"), USER_TOKEN=user.strip(), CHROMIUM=chromium)
 
 
 async def generate():
@@ -119,8 +126,13 @@ async def main():
     with tempfile.TemporaryDirectory(prefix="tidemark-clients-") as dir:
         system = System(dir)
         await system.start()
+        in_browser = []
+        if chromium := os.environ.get("CHROMIUM"):
+            in_browser = [("Chromium, the page", lambda: page(system, chromium))]
+        else:
+            print("skipped Chromium, the page: no Chromium", flush=True)
         try:
-            for name, check in [
+            for name, check in in_browser + [
                 ("Python, session socket", lambda: script(system, sys.executable, os.path.join(HERE, "session_socket.py"))),
                 ("Node, session socket", lambda: script(system, "node", os.path.join(NODE, "session_socket.mjs"))),
                 ("Python, gRPC", lambda: script(system, sys.executable, os.path.join(HERE, "over_grpc.py"))),
