@@ -104,14 +104,20 @@ func testPlacesAreApart(w *world) {
 		{long("t"), long("s"), long("u")},
 		{long("t"), long("s"), long("v")},
 	}
-	for _, n := range names {
-		v := w.of(schema.SessionID{Tenant: n.tenant, Name: n.session})
+	edges := []*world{w, w}
+	if w.in.OpenEdge != nil {
+		edges[1] = w.otherEdge()
+	}
+	for i, n := range names {
+		v := edges[i%2].of(schema.SessionID{Tenant: n.tenant, Name: n.session})
 		for range 2 {
 			defer v.enter(n.subject, 2)()
 		}
 	}
 	for _, n := range names {
-		w.of(schema.SessionID{Tenant: n.tenant, Name: n.session}).full(n.subject, 2)
+		for _, v := range edges {
+			v.of(schema.SessionID{Tenant: n.tenant, Name: n.session}).full(n.subject, 2)
+		}
 	}
 }
 
@@ -159,7 +165,7 @@ func testPlacesStayWhenTheContextEnds(w *world) {
 func testPlacesHeldForLong(w *world) {
 	b := w.otherEdge()
 	x, y := w.enter("ada", 2), b.enter("ada", 2)
-	for range 5 {
+	for range 3 {
 		time.Sleep(5 * time.Minute)
 		w.full("ada", 2)
 		b.full("ada", 2)
