@@ -163,7 +163,7 @@ func (a *appender) take(most int) []*Submission {
 		return nil
 	}
 	batch := a.queue[:n:n]
-	if first := batch[0]; !first.waitUntil.IsZero() {
+	if first := batch[0]; first.wait != nil {
 		// Its waiting was not for NATS.
 		first.deadline = a.used.Add(a.log.cfg.HoldFor)
 	}
@@ -396,7 +396,7 @@ func (d *draft) releaseAll() {
 // finish answers the submission.
 func (s *Submission) finish(r Receipt, err error) {
 	s.release()
-	if len(s.replaced) > 0 {
+	if s.wait != nil {
 		s.answerReplaced(r, err)
 	}
 	s.Done(r, err)

@@ -67,7 +67,7 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 		d.taken = append(d.taken, answer{s, r})
 		return nil, nil
 	}
-	if s.waitEpoch != "" && s.waitEpoch != d.st.epoch {
+	if s.wait != nil && s.wait.epoch != "" && s.wait.epoch != d.st.epoch {
 		// Stored at once it would have gone with that history; it must not begin another.
 		return nil, schema.Refuse(schema.Code_CODE_SESSION_DELETED, "Session %s was deleted while the progress waited to be stored, and the progress with it.", d.id)
 	}

@@ -24,13 +24,18 @@ const (
 
 // throttle is the part of a [Submission] that is about waiting as progress. Owned by the appender once it is queued.
 type throttle struct {
-	// progress: it holds a workflow_progress. passing: it is nothing else, so that it may wait and be replaced.
-	progress, passing bool
-	// due: its time has come.
-	due bool
-	// waitEpoch is the history in which it waits, and waitUntil when it does so no longer; zero where it did not have to.
-	waitEpoch string
-	waitUntil time.Time
+	// progress: it holds a workflow_progress. passing: it is nothing else, so that it may wait and be replaced. due: its time has come.
+	progress, passing, due bool
+	// wait is nil where it did not have to.
+	wait *progressWait
+}
+
+// progressWait is what a submission that waits has to remember.
+type progressWait struct {
+	// until is when it waits no longer.
+	until time.Time
+	// epoch is the history in which it waits; empty until it is all there is in the queue.
+	epoch string
 	// replaced are those that it took the place of, and its own retries.
 	replaced []replaced
 }
@@ -57,14 +62,13 @@ func (s *Submission) waits() bool { return s.passing && !s.due }
 
 // delay lets a passing submission wait where progress was stored last at `last`, unless its time has come.
 func (s *Submission) delay(last, now time.Time) {
-	if s.waitUntil.IsZero() {
-		if now.Sub(last) >= progressEvery {
-			s.due = true
-			return
-		}
-		s.waitUntil = now.Add(maxProgressWait)
+	s.due = now.Sub(last) >= progressEvery
+	switch {
+	case s.wait != nil:
+		s.due = s.due || len(s.wait.replaced) >= maxReplaced || !now.Before(s.wait.until)
+	case !s.due:
+		s.wait = &progressWait{until: now.Add(maxProgressWait)}
 	}
-	s.due = now.Sub(last) >= progressEvery || len(s.replaced) >= maxReplaced || !now.Before(s.waitUntil)
 }
 
 // replace lets the newer of two passing submissions answer for the older, which waits. The older stays where the newer is its retry.
@@ -72,15 +76,16 @@ func replace(older, newer *Submission) (stays, goes *Submission) {
 	stays, goes = newer, older
 	if newer.Envelopes[0].ID == older.Envelopes[0].ID {
 		stays, goes = older, newer
+	} else {
+		newer.wait = &progressWait{until: older.wait.until, replaced: older.wait.replaced}
 	}
-	stays.waitUntil = older.waitUntil
-	stays.replaced = append(older.replaced, replaced{goes.Envelopes[0].ID, goes.Done})
+	stays.wait.replaced = append(stays.wait.replaced, replaced{goes.Envelopes[0].ID, goes.Done})
 	return stays, goes
 }
 
 // answerReplaced answers those whose place the submission took, now that it is answered itself.
 func (s *Submission) answerReplaced(r Receipt, err error) {
-	for _, old := range s.replaced {
+	for _, old := range s.wait.replaced {
 		if err != nil {
 			old.done(Receipt{}, err)
 			continue
@@ -88,7 +93,7 @@ func (s *Submission) answerReplaced(r Receipt, err error) {
 		again := old.id == s.Envelopes[0].ID
 		old.done(Receipt{Epoch: r.Epoch, First: r.First, Last: r.Last, Duplicate: again, Replaced: !again}, nil)
 	}
-	s.replaced = nil
+	s.wait.replaced = nil
 }
 
 // hold says how many of the queue's first submissions may be stored now; where that is none, how long the progress waits that is all there is. Called by run, with mu held, while there is a passing
@@ -145,10 +150,10 @@ func (a *appender) hold(now time.Time) (n int, wait time.Duration) {
 			at.due = true
 			return n, 0
 		}
-		if n--; n == 0 && at.waitEpoch == "" {
-			at.waitEpoch = a.st.epoch
+		if n--; n == 0 && at.wait.epoch == "" {
+			at.wait.epoch = a.st.epoch
 		}
-		wait = min(last.Add(progressEvery).Sub(now), at.waitUntil.Sub(now))
+		wait = min(last.Add(progressEvery).Sub(now), at.wait.until.Sub(now))
 	}
 	return n, wait
 }

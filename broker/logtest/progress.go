@@ -231,6 +231,69 @@ func testProgressOnAnotherEdge(w *world) {
 	}
 }
 
+// testProgressBesideAFlood reports on one edge, also between other things, while the session is flooded on the other, so that the reports lose races and are handed over: all are answered with the place of a report
+// that is as new, and nothing that is not progress is missing.
+func testProgressBesideAFlood(w *world) {
+	b := w.otherEdge()
+	x := &writer{w: w}
+	for range 150 {
+		x.parts = append(x.parts, Tokens("flood", 3))
+	}
+	var reports []<-chan answer
+	var between []<-chan answer
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		for i := range 60 {
+			reports = append(reports, b.submit(one(Progress(fmt.Sprint(i)))))
+			if i%7 == 0 {
+				between = append(between, b.submit(one(UserMessage(fmt.Sprint("after ", i)))))
+			}
+			time.Sleep(time.Duration(i%4) * 20 * time.Millisecond)
+		}
+	}()
+	for i, part := range x.parts {
+		if r, err := w.try(broker.Submission{Envelopes: part}); err != nil || r.Last != r.First+2 {
+			w.Fatalf("part %d of the flood: %+v, %v", i, r, err)
+		}
+		time.Sleep(time.Duration(i%3) * 5 * time.Millisecond)
+	}
+	<-over
+	places := map[uint64]int{}
+	for i, ch := range reports {
+		r := w.within(fmt.Sprint("report ", i), ch, 5*time.Second)
+		if r.First != r.Last || r.Duplicate {
+			w.Fatalf("report %d was answered with %+v", i, r)
+		}
+		// The last that is answered with a place is the one that stands there.
+		if !r.Replaced {
+			places[r.First] = i
+		}
+	}
+	all := w.all()
+	messages := 0
+	for _, g := range all {
+		if p := g.env.GetWorkflowProgress(); p != nil {
+			if at, ok := places[g.seq]; !ok || p.GetMessage() != fmt.Sprint(at) {
+				w.Errorf("at seq %d stands report %s; there should be %d, %t", g.seq, p.GetMessage(), at, ok)
+			}
+			delete(places, g.seq)
+		}
+		if g.env.GetUserMessage() != nil {
+			messages++
+		}
+	}
+	for seq, i := range places {
+		w.Errorf("report %d is not at seq %d", i, seq)
+	}
+	for i, ch := range between {
+		w.soon(fmt.Sprint("message ", i), ch)
+	}
+	if messages != len(between) {
+		w.Errorf("%d messages are there, %d were sent", messages, len(between))
+	}
+}
+
 // testProgressDeletedOnAnotherEdge deletes the session on one edge while a report waits on the other, which does not bring it back.
 func testProgressDeletedOnAnotherEdge(w *world) {
 	b := w.otherEdge()

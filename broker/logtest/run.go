@@ -131,6 +131,7 @@ func cases() []testCase {
 		{"AnswerHasOneWinnerOverEdges", testAnswerOverEdges},
 		{"EndedOnAnotherEdge", testEndedOnAnotherEdge},
 		{"ProgressOnAnotherEdge", testProgressOnAnotherEdge},
+		{"ProgressBesideAFlood", testProgressBesideAFlood},
 		{"ProgressDeletedOnAnotherEdge", testProgressDeletedOnAnotherEdge},
 		{"DecidedOnWhatIsAcknowledged", testDecidedOnWhatIsAcknowledged},
 		{"ResumeOnAnotherEdgeAtOnce", testResumeOnAnotherEdgeAtOnce},
