@@ -248,7 +248,7 @@ func (k *keys) pause(failures int) time.Duration {
 	if failures == 0 {
 		return usual
 	}
-	return min(usual, k.gap<<min(failures-1, 10))
+	return min(usual, max(k.gap, time.Millisecond)<<min(failures-1, 10))
 }
 
 // read reads the source and tells those who wait.

@@ -440,6 +440,51 @@ func TestSourceThatNeverAnswers(t *testing.T) {
 	})
 }
 
+// TestAskingAtTheEnd: whoever asks in the moment in which Run ends is let go. Which of the two comes first is left to chance, so it is tried often; a bubble notices who is left waiting.
+func TestAskingAtTheEnd(t *testing.T) {
+	k := keyring()
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "jwks.json")
+			write(t, path, set(k.ec.public()))
+			v, err := auth.NewVerifier(auth.Config{JWKS: path})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			done := make(chan error)
+			go func() { done <- v.Run(ctx) }()
+			synctest.Wait()
+			stop()
+			wants(t, v, "at the end", out, k.ed.token(t, nil))
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestAskingWhileItIsRead: whoever asks in the moment in which the set is read anyhow has it read no second time.
+func TestAskingWhileItIsRead(t *testing.T) {
+	k := keyring()
+	synctest.Test(t, func(t *testing.T) {
+		var idp issuer
+		idp.publishes(k.ec.public())
+		v := running(t, auth.Config{JWKS: "http://idp.example/jwks", Transport: idp.inBubble(t)})
+		synctest.Wait()
+		const rounds = 200
+		forged := k.ed.token(t, map[string]any{"exp": time.Now().Add(1000 * time.Hour).Unix()})
+		for range rounds {
+			time.Sleep(auth.DefaultJWKSEvery)
+			wants(t, v, "at the same moment", out, forged)
+			synctest.Wait()
+		}
+		if n := idp.asked.Load(); n != 1+rounds {
+			t.Errorf("asked %d times in %d rounds", n-1, rounds)
+		}
+	})
+}
+
 // TestSourcesThatAreNotBelieved: each answer has the set of a key in it, somehow, and none may make the key count. Logs repeat nothing that is secret in the URL.
 func TestSourcesThatAreNotBelieved(t *testing.T) {
 	k := keyring()
@@ -468,17 +513,18 @@ func TestSourcesThatAreNotBelieved(t *testing.T) {
 			w.Header().Set("Content-Length", fmt.Sprint(len(good)+1))
 			_, _ = w.Write(good)
 		}, "unexpected EOF"},
-		"a page":              {write([]byte("<html>" + string(good))), "not a JWKS"},
-		"a list":              {write([]byte("[" + string(good) + "]")), "not a JWKS"},
-		"nothing":             {write(nil), "not a JWKS"},
-		"something behind it": {write(append(bytes.Clone(good), "{}"...)), "not a JWKS"},
+		"cut before the answer": {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "EOF"},
+		"a page":                {write([]byte("<html>" + string(good))), "not a JWKS"},
+		"a list":                {write([]byte("[" + string(good) + "]")), "not a JWKS"},
+		"nothing":               {write(nil), "not a JWKS"},
+		"something behind it":   {write(append(bytes.Clone(good), "{}"...)), "not a JWKS"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			server := httptest.NewTLSServer(row.answer)
 			defer server.Close()
 			var logs lockedBuffer
 			where := strings.Replace(server.URL, "https://", "https://ada:pass-word@", 1) + "/jwks?key=que-ry"
-			v := running(t, auth.Config{JWKS: where, JWKSGap: time.Nanosecond, Transport: server.Client().Transport, Logger: slog.New(slog.NewTextHandler(&logs, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+			v := running(t, auth.Config{JWKS: where, JWKSGap: time.Millisecond, Transport: server.Client().Transport, Logger: slog.New(slog.NewTextHandler(&logs, &slog.HandlerOptions{Level: slog.LevelDebug}))})
 			if row.logs == "" {
 				waitReady(t, v)
 				wants(t, v, name, in, k.ed.token(t, nil))
