@@ -92,8 +92,10 @@ func TestTokensAreNowhere(t *testing.T) {
 		}
 		const upgrade = "Host: edge\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 		for name, token := range tokens {
-			for _, path := range []string{"/ws?sessionName=s&token=" + token, "/v1/connect?token=" + token, "/ws?token=" + token, "/healthz?token=" + token, "/nothing/" + token, "/?token=" + token,
-				"/ws?sessionName=s;token=" + token, "/ws?sessionName=s&lastSeq=-1&token=" + token, "/ws?sessionName=s&epoch=x&token=" + token, "/ws?sessionName=s&token=%zz" + token, "/ws?sessionName=s&Token=" + token} {
+			for _, path := range []string{
+				"/ws?sessionName=s&token=" + token, "/v1/connect?token=" + token, "/ws?token=" + token, "/healthz?token=" + token, "/nothing/" + token, "/?token=" + token,
+				"/ws?sessionName=s;token=" + token, "/ws?sessionName=s&lastSeq=-1&token=" + token, "/ws?sessionName=s&epoch=x&token=" + token, "/ws?sessionName=s&token=%zz" + token, "/ws?sessionName=s&Token=" + token,
+			} {
 				request("GET " + path + " HTTP/1.1\r\n" + upgrade + "\r\n")
 				request("GET " + path + " HTTP/1.1\r\nHost: edge\r\n\r\n")
 				request("POST " + path + " HTTP/1.1\r\nHost: edge\r\nContent-Length: 0\r\n\r\n")
@@ -102,8 +104,10 @@ func TestTokensAreNowhere(t *testing.T) {
 				request("GET " + path + " HTTP/1.1\r\n" + upgrade + "Origin: http://evil.test\r\n\r\n")
 				request("GET " + path + " HTTP/1.1\r\n" + upgrade + "bad header line\r\n\r\n")
 			}
-			for _, header := range []string{"Authorization: Bearer " + token, "Authorization: " + token, "Authorization: Basic " + token, "Cookie: token=" + token, "X-Token: " + token, "Referer: http://edge/?token=" + token,
-				"Sec-WebSocket-Protocol: bearer." + token, "Sec-WebSocket-Protocol: " + token, "Sec-WebSocket-Protocol: tidemark.v1.proto, bearer." + token, "Sec-WebSocket-Protocol: tidemark.v1.json, token." + token} {
+			for _, header := range []string{
+				"Authorization: Bearer " + token, "Authorization: " + token, "Authorization: Basic " + token, "Cookie: token=" + token, "X-Token: " + token, "Referer: http://edge/?token=" + token,
+				"Sec-WebSocket-Protocol: bearer." + token, "Sec-WebSocket-Protocol: " + token, "Sec-WebSocket-Protocol: tidemark.v1.proto, bearer." + token, "Sec-WebSocket-Protocol: tidemark.v1.json, token." + token,
+			} {
 				for _, path := range []string{"/ws?sessionName=s", "/v1/connect", "/metrics"} {
 					request("GET " + path + " HTTP/1.1\r\n" + upgrade + header + "\r\n\r\n")
 				}
@@ -183,7 +187,7 @@ func TestTokensAreNowhere(t *testing.T) {
 func quoted(s string) string {
 	b, err := protojson.Marshal(&schema.Hello{Token: s})
 	if err != nil {
-		panic(err) //nolint:forbidigo // a string can be marshaled
+		panic(err)
 	}
 	text := string(b)
 	return strings.TrimSuffix(strings.TrimSpace(text[strings.Index(text, ":")+1:]), "}")

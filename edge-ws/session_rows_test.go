@@ -33,7 +33,7 @@ const (
 )
 
 // rows is the table of the session socket: every payload type, both directions.
-var rows = []row{ //nolint:gochecknoglobals // the table of a test
+var rows = []row{
 	{schema.KindSystem, agents, []string{`{"message":"maintenance at noon"}`}, [][2]string{
 		{`{}`, "Missing required field 'message'"}, {`{"message":1}`, "Field 'message' must be a string"}, {`{"message":"x","to":"all"}`, "Unknown field 'to' in 'data'"},
 	}},
@@ -41,42 +41,65 @@ var rows = []row{ //nolint:gochecknoglobals // the table of a test
 		`{"step":"fetch","message":"3 of 9"}`, `{"step":"fetch","message":"3 of 9","progress":0}`, `{"step":"a","message":"b","progress":1}`,
 		`{"step":"a","message":"b","progress":0.25,"metadata":{"any":[1,{"thing":null}]}}`,
 	}, [][2]string{
-		{`{"message":"m"}`, "Missing required field 'step'"}, {`{"step":"s"}`, "Missing required field 'message'"}, {`{"step":"","message":"m"}`, "'step'"},
-		{`{"step":"s","message":"m","progress":1.01}`, "'progress' must be a number from 0 to 1"}, {`{"step":"s","message":"m","progress":-0.1}`, "'progress'"},
-		{`{"step":"s","message":"m","progress":"0.5"}`, "'progress' must be a number from 0 to 1"}, {`{"step":"s","message":"m","metadata":[]}`, "'metadata' must be a JSON object"},
-		{`{"step":["s"],"message":"m"}`, "'step' must be a string"}, {`{"step":"s","message":"m","percent":5}`, "Unknown field 'percent'"},
+		{`{"message":"m"}`, "Missing required field 'step'"},
+		{`{"step":"s"}`, "Missing required field 'message'"},
+		{`{"step":"","message":"m"}`, "'step'"},
+		{`{"step":"s","message":"m","progress":1.01}`, "'progress' must be a number from 0 to 1"},
+		{`{"step":"s","message":"m","progress":-0.1}`, "'progress'"},
+		{`{"step":"s","message":"m","progress":"0.5"}`, "'progress' must be a number from 0 to 1"},
+		{`{"step":"s","message":"m","metadata":[]}`, "'metadata' must be a JSON object"},
+		{`{"step":["s"],"message":"m"}`, "'step' must be a string"},
+		{`{"step":"s","message":"m","percent":5}`, "Unknown field 'percent'"},
 	}},
 	{schema.KindWaitingForInput, agents, []string{
 		`{"prompt":"Shall I?"}`, `{"prompt":"Which?","options":["a","b"]}`, `{"prompt":"Which?","options":[],"context":{}} => {"prompt":"Which?","context":{}}`,
 		`{"prompt":"p","context":{"diff":"+1","n":12345678901234567890}}`,
 	}, [][2]string{
-		{`{"options":["a"]}`, "Missing required field 'prompt'"}, {`{"prompt":7}`, "'prompt' must be a string"}, {`{"prompt":"p","options":"a"}`, "'options' must be a list of strings"},
-		{`{"prompt":"p","options":["a",1]}`, "'options' must be a list of strings"}, {`{"prompt":"p","options":[""]}`, "'options'"}, {`{"prompt":"p","context":"c"}`, "'context' must be a JSON object"},
+		{`{"options":["a"]}`, "Missing required field 'prompt'"},
+		{`{"prompt":7}`, "'prompt' must be a string"},
+		{`{"prompt":"p","options":"a"}`, "'options' must be a list of strings"},
+		{`{"prompt":"p","options":["a",1]}`, "'options' must be a list of strings"},
+		{`{"prompt":"p","options":[""]}`, "'options'"},
+		{`{"prompt":"p","context":"c"}`, "'context' must be a JSON object"},
 		{`{"prompt":"p","options":[` + strings.Repeat(`"x",`, schema.MaxPromptOptions) + `"x"]}`, "at most 100"},
-		{`{"prompt":"p","options":["` + strings.Repeat("x", schema.MaxPromptOptionBytes+1) + `"]}`, "1 to 1000"}, {`{"prompt":"p","choices":[]}`, "Unknown field 'choices'"},
+		{`{"prompt":"p","options":["` + strings.Repeat("x", schema.MaxPromptOptionBytes+1) + `"]}`, "1 to 1000"},
+		{`{"prompt":"p","choices":[]}`, "Unknown field 'choices'"},
 	}},
 	{schema.KindAgentMessage, agents, []string{`{"message":"done"}`, `{"message":"done","metadata":{"model":"m"}}`}, [][2]string{
 		{`{"message":{}}`, "'message' must be a string"}, {`{"message":"m","metadata":1}`, "'metadata' must be a JSON object"}, {`{"message":"m","text":"m"}`, "Unknown field 'text'"},
 	}},
 	{schema.KindError, agents, []string{`{"error":"E","recoverable":true}`, `{"error":"E","details":"D","recoverable":true,"code":"mine"}`, `{"error":"E","recoverable":false}`}, [][2]string{
-		{`{"recoverable":true}`, "Missing required field 'error'"}, {`{"error":"E"}`, "Missing required field 'recoverable'"}, {`{"error":"E","recoverable":"no"}`, "'recoverable' must be true or false"},
-		{`{"error":"E","recoverable":null}`, "Missing required field 'recoverable'"}, {`{"error":5,"recoverable":true}`, "'error' must be a string"},
-		{`{"error":"E","details":{},"recoverable":true}`, "'details' must be a string"}, {`{"error":"E","recoverable":true,"fatal":1}`, "Unknown field 'fatal'"},
+		{`{"recoverable":true}`, "Missing required field 'error'"},
+		{`{"error":"E"}`, "Missing required field 'recoverable'"},
+		{`{"error":"E","recoverable":"no"}`, "'recoverable' must be true or false"},
+		{`{"error":"E","recoverable":null}`, "Missing required field 'recoverable'"},
+		{`{"error":5,"recoverable":true}`, "'error' must be a string"},
+		{`{"error":"E","details":{},"recoverable":true}`, "'details' must be a string"},
+		{`{"error":"E","recoverable":true,"fatal":1}`, "Unknown field 'fatal'"},
 	}},
 	{schema.KindUserInput, "user admin", []string{
 		`{"response":"a"}`, `{"response":{"any":["JSON",1e10]}}`, `{"response":null}`, `{"response":false}`, `{"response":0}`, `{"response":""}`, `{"response":[],"metadata":{"took_ms":5}}`,
 	}, [][2]string{
-		{`{}`, "Missing required field 'response'"}, {`{"metadata":{}}`, "Missing required field 'response'"}, {`{"response":1,"metadata":"m"}`, "'metadata' must be a JSON object"},
-		{`{"response":1,"answer":1}`, "Unknown field 'answer'"}, {`{"response":` + strings.Repeat("[", 200) + strings.Repeat("]", 200) + `}`, "nested deeper"},
+		{`{}`, "Missing required field 'response'"},
+		{`{"metadata":{}}`, "Missing required field 'response'"},
+		{`{"response":1,"metadata":"m"}`, "'metadata' must be a JSON object"},
+		{`{"response":1,"answer":1}`, "Unknown field 'answer'"},
+		{`{"response":` + strings.Repeat("[", 200) + strings.Repeat("]", 200) + `}`, "nested deeper"},
 	}},
 	{schema.KindUserMessage, "user " + agents, []string{`{"message":"hello"}`, `{"message":"hello","context":{"file":"a.go","lines":[1,2]}}`}, [][2]string{
-		{`{}`, "Missing required field 'message'"}, {`{"message":null}`, "Missing required field 'message'"}, {`{"message":true}`, "'message' must be a string"},
-		{`{"message":"m","context":[]}`, "'context' must be a JSON object"}, {`{"message":"m","text":"m"}`, "Unknown field 'text'"},
+		{`{}`, "Missing required field 'message'"},
+		{`{"message":null}`, "Missing required field 'message'"},
+		{`{"message":true}`, "'message' must be a string"},
+		{`{"message":"m","context":[]}`, "'context' must be a JSON object"},
+		{`{"message":"m","text":"m"}`, "Unknown field 'text'"},
 	}},
 
 	{schema.KindToken, agents, []string{`{"message_id":"m","text":""}`, `{"message_id":"m","channel":"reasoning","text":"Hm\n\u2028\ud83d\ude00"}`, `{"message_id":"m"} => {"message_id":"m","text":""}`}, [][2]string{
-		{`{"text":"x"}`, "Missing required field 'message_id'"}, {`{"message_id":"m","text":1}`, "'text' must be a string"}, {`{"message_id":"m","channel":"loud"}`, "'channel' must be one of: text, reasoning"},
-		{`{"message_id":"` + strings.Repeat("m", 201) + `"}`, "201 bytes"}, {`{"message_id":"m","text":"\ud83d"}`, "'text'"},
+		{`{"text":"x"}`, "Missing required field 'message_id'"},
+		{`{"message_id":"m","text":1}`, "'text' must be a string"},
+		{`{"message_id":"m","channel":"loud"}`, "'channel' must be one of: text, reasoning"},
+		{`{"message_id":"` + strings.Repeat("m", 201) + `"}`, "201 bytes"},
+		{`{"message_id":"m","text":"\ud83d"}`, "'text'"},
 	}},
 	{schema.KindMessageCompleted, agents, []string{`{"message_id":"m"}`, `{"message_id":"m","finish_reason":"stop","usage":{"out":3},"text":"Hi"}`}, [][2]string{
 		{`{}`, "Missing required field 'message_id'"}, {`{"message_id":"m","usage":3}`, "'usage' must be a JSON object"},
@@ -101,8 +124,11 @@ var rows = []row{ //nolint:gochecknoglobals // the table of a test
 		`{"type":"cursor","content_type":"application/json","json":{"x":1.50,"y":12345678901234567890,"x2":[ ]}}`, `{"type":"shot","content_type":"image/png","data":"iVBORw=="}`,
 		`{"type":"t","json":null} => {"type":"t","content_type":"application/json","json":null}`, `{"type":"t"}`,
 	}, [][2]string{
-		{`{"json":1}`, "Missing required field 'type'"}, {`{"type":"token","json":1}`, "choose another"}, {`{"type":"t","data":"not base64"}`, "'data' must be bytes in base64"},
-		{`{"type":"t","data":"","json":1}`, "not both"}, {`{"type":"t","more":1}`, "Unknown field 'more'"},
+		{`{"json":1}`, "Missing required field 'type'"},
+		{`{"type":"token","json":1}`, "choose another"},
+		{`{"type":"t","data":"not base64"}`, "'data' must be bytes in base64"},
+		{`{"type":"t","data":"","json":1}`, "not both"},
+		{`{"type":"t","more":1}`, "Unknown field 'more'"},
 	}},
 	// It comes through CreateSession alone.
 	{schema.KindSessionCreated, "", nil, [][2]string{{`{"kind":"game"}`, "'kind' must be one of: chat, workflow"}}},
@@ -283,9 +309,12 @@ func TestSessionSocketKeepsWhatIsOpen(t *testing.T) {
 		s := w.session("sessionName=s")
 		s.wantType("attached")
 		for _, c := range []struct{ kind, data string }{
-			{"workflow_progress", `{"step":"s","message":"m","metadata":` + free + `}`}, {"workflow_waiting_for_input", `{"prompt":"p","context":` + free + `}`},
-			{"agent_message", `{"message":"m","metadata":` + free + `}`}, {"user_message", `{"message":"m","context":` + free + `}`},
-			{"tool_call", `{"call_id":"c","arguments":` + free + `}`}, {"tool_result", `{"call_id":"c","result":` + free + `}`},
+			{"workflow_progress", `{"step":"s","message":"m","metadata":` + free + `}`},
+			{"workflow_waiting_for_input", `{"prompt":"p","context":` + free + `}`},
+			{"agent_message", `{"message":"m","metadata":` + free + `}`},
+			{"user_message", `{"message":"m","context":` + free + `}`},
+			{"tool_call", `{"call_id":"c","arguments":` + free + `}`},
+			{"tool_result", `{"call_id":"c","result":` + free + `}`},
 			{"custom", `{"type":"t","content_type":"application/json","json":` + free + `}`},
 		} {
 			s.sendText(`{"type":"` + c.kind + `","data":` + c.data + `}`)
