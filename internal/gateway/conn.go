@@ -143,6 +143,8 @@ func (c *conn) run() *ending {
 	}()
 	c.read()
 	<-written
+	// Not before: a follower may stay that sends no more.
+	c.unwatch()
 	if !uncut() {
 		<-cut
 	}
@@ -161,7 +163,6 @@ func (c *conn) run() *ending {
 
 // read is the reader: it takes the peer's messages until the connection ends.
 func (c *conn) read() {
-	defer c.unwatch()
 	if c.principal != nil {
 		c.watch()
 	} else {

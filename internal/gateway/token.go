@@ -21,7 +21,7 @@ func (c *conn) watch() {
 	})
 }
 
-// unwatch ends what watch began.
+// unwatch ends what watch began. Called when the reader and the writer have ended.
 func (c *conn) unwatch() {
 	if c.expiry != nil {
 		c.expiry.Stop()

@@ -108,6 +108,7 @@ func TestTokenExpires(t *testing.T) {
 		"json":           {Protocol: ProtoJSON},
 		"append":         {Protocol: ProtoPublish},
 		"follow":         {Protocol: Proto, Follow: &schema.Attach{Session: "s"}},
+		"half-closed":    {Protocol: Proto, Follow: &schema.Attach{Session: "s"}},
 		"session socket": {Protocol: SessionJSON, Session: "s", Follow: &schema.Attach{Session: "s"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -115,6 +116,10 @@ func TestTokenExpires(t *testing.T) {
 				as.Principal = adas.principal()
 				began := time.Now()
 				p, neighbour := w.dial(as), w.agent()
+				if name == "half-closed" {
+					// As a gRPC client does that has sent what it follows.
+					close(p.eof)
+				}
 				frames := make(chan int, 1)
 				last := ""
 				go func() {
