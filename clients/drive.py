@@ -60,10 +60,11 @@ class System:
         return out.decode()
 
 
-async def script(system, *command, **settings):
-    """Runs a client whose connections are cut at random; its last line says what it has seen. It finds settings in its environment."""
+async def script(system, *command, away=0, **settings):
+    """Runs a client whose connections are cut at random, and once are not made for `away` attempts; its last line says what it has seen. It finds settings in its environment."""
     http, grpc = await Wire(system.http).open(), await Wire(system.grpc).open()
     cutting = [asyncio.create_task(w.cut_at_random(0.03, 0.25)) for w in (http, grpc)]
+    absence = asyncio.get_running_loop().call_later(1, http.go_away, away)
     env = dict(system.env, TOKEN=await system.run("token", "--role", "agent"), EDGE_HTTP=system.http, EDGE_GRPC=system.grpc, CUT_HTTP=http.address, CUT_GRPC=grpc.address)
     env["TOKEN"] = env["TOKEN"].strip()
     env["GENERATED"] = os.path.join(CACHE, "generated")
@@ -78,7 +79,7 @@ async def script(system, *command, **settings):
             p.kill()
             await p.wait()
         idle = [task for task in cutting if task.done()]
-        for task in cutting:
+        for task in (*cutting, absence):
             task.cancel()
         http.close()
         grpc.close()
@@ -88,6 +89,18 @@ async def script(system, *command, **settings):
     if p.returncode:
         raise Exception(text)
     return text.splitlines()[-1]
+
+
+async def workflow(system, *command):
+    """Runs an agent and a UI, whose pauses are a hundredth of those in life, with tokens of every kind that they need."""
+
+    async def token(*args):
+        return (await system.run("token", *args)).strip()
+
+    # Of so many attempts that come to nothing each of the two makes about half.
+    return await script(
+        system, *command, away=24, BACKOFF_FACTOR="0.01", LONGEST="1 2 4 8 16 30 30", USER_TOKEN=await token(), OTHER_TOKEN=await token("--session", "another*"), BRIEF_TOKEN=await token("--ttl", "1s")
+    )
 
 
 async def page(system, chromium):
@@ -135,6 +148,7 @@ async def main():
             for name, check in in_browser + [
                 ("Python, session socket", lambda: script(system, sys.executable, os.path.join(HERE, "session_socket.py"))),
                 ("Node, session socket", lambda: script(system, "node", os.path.join(NODE, "session_socket.mjs"))),
+                ("Python, agent and UI", lambda: workflow(system, sys.executable, os.path.join(HERE, "workflow.py"))),
                 ("Python, gRPC", lambda: script(system, sys.executable, os.path.join(HERE, "over_grpc.py"))),
                 ("Node, gRPC-Web", lambda: script(system, "node", os.path.join(NODE, "over_grpc_web.mjs"))),
                 ("README.md", lambda: readme.check(system, CACHE)),

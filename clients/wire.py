@@ -14,6 +14,7 @@ class Wire:
         self.port = int(port)
         self.pairs = set()
         self.armed = False
+        self.refusing = 0
         self.cuts = 0
 
     async def open(self):
@@ -45,17 +46,29 @@ class Wire:
             else:
                 self.armed = True
 
+    def go_away(self, attempts):
+        """Breaks all connections, and makes none until so many have been attempted."""
+        self.refusing = attempts
+        self.cut()
+
     def close(self):
         self.server.close()
         self.cut()
 
     async def _serve(self, reader, writer):
+        if self.refusing:
+            self.refusing -= 1
+            writer.transport.abort()
+            return
         try:
             theirs = await asyncio.open_connection(self.host, self.port)
         except OSError:
             writer.transport.abort()
             return
         pair = (writer, theirs[1])
+        if self.refusing:
+            self._abort(pair)
+            return
         self.pairs.add(pair)
         pumps = [asyncio.create_task(self._pump(reader, theirs[1], True)), asyncio.create_task(self._pump(theirs[0], writer, False))]
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
