@@ -17,7 +17,7 @@ var storedAt = time.Date(2026, 3, 1, 12, 0, 0, 5, time.UTC)
 func testFrame(t testing.TB, epoch string, first uint64, n int) (*frame, []byte) {
 	t.Helper()
 	stamp := schema.NewStamp(&schema.Source{Subject: "a", Role: schema.Role_ROLE_AGENT})
-	f := &frame{Edge: "edge-1", ID: "01ARZ3NDEKTSV4RRFFQ69G5FAV", Prev: 7}
+	f := &frame{Edge: "edge-1", ID: "01ARZ3NDEKTSV4RRFFQ69G5FAV", Prev: 7, Kind: schema.SessionKind_SESSION_KIND_WORKFLOW}
 	f.Epoch, f.First, f.Count, f.Time = epoch, first, n, storedAt
 	b := f.appendHeader(nil)
 	from := len(b)
@@ -37,7 +37,7 @@ func TestFrameFieldNumbers(t *testing.T) {
 	fields := (&schema.Frame{}).ProtoReflect().Descriptor().Fields()
 	for name, num := range map[protoreflect.Name]protoreflect.FieldNumber{
 		"epoch": frameEpoch, "first_seq": frameFirst, "time": frameTime, "edge": frameEdge, "id": frameID, "prev": framePrev,
-		"count": frameCount, "deleted": frameDeleted, "envelopes": frameEnvelopes,
+		"count": frameCount, "deleted": frameDeleted, "kind": frameKind, "envelopes": frameEnvelopes,
 	} {
 		if f := fields.ByNumber(num); f == nil || f.Name() != name {
 			t.Errorf("field %d is %v, not %s", num, f, name)
@@ -52,7 +52,7 @@ func TestFrameIsSchemaFrame(t *testing.T) {
 	if err := proto.Unmarshal(data, &m); err != nil {
 		t.Fatal(err)
 	}
-	if m.GetEpoch() != "E1" || m.GetFirstSeq() != 41 || m.GetCount() != 3 || m.GetPrev() != 7 || !m.GetTime().AsTime().Equal(storedAt) || len(m.GetEnvelopes()) != 3 {
+	if m.GetEpoch() != "E1" || m.GetFirstSeq() != 41 || m.GetCount() != 3 || m.GetPrev() != 7 || m.GetKind() != f.Kind || !m.GetTime().AsTime().Equal(storedAt) || len(m.GetEnvelopes()) != 3 {
 		t.Errorf("decoded %v", &m)
 	}
 	if m.GetEnvelopes()[2].GetSeq() != 43 {
@@ -62,7 +62,7 @@ func TestFrameIsSchemaFrame(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.Epoch != f.Epoch || got.First != f.First || got.Count != f.Count || got.Prev != f.Prev || got.Edge != f.Edge || got.ID != f.ID || !got.Time.Equal(f.Time) || !bytes.Equal(got.Region, f.Region) {
+	if got.Epoch != f.Epoch || got.First != f.First || got.Count != f.Count || got.Prev != f.Prev || got.Kind != f.Kind || got.Edge != f.Edge || got.ID != f.ID || !got.Time.Equal(f.Time) || !bytes.Equal(got.Region, f.Region) {
 		t.Errorf("parsed %+v, want %+v", got, f)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/encoding/protowire"
 	"pgregory.net/rapid"
 
 	"tidemark/schema"
@@ -309,5 +310,27 @@ func TestStateOfAPage(t *testing.T) {
 	}
 	if st := newLife(0).restored().st; !st.progressed.Equal(time.Time{}) {
 		t.Errorf("nothing was stored, but progress at %s", st.progressed)
+	}
+}
+
+// A publish that is handed over brings along what it makes of the session: the other edge may be the one that begins it.
+func TestHandOverKeepsTheKind(t *testing.T) {
+	l := newLife(schema.SessionKind_SESSION_KIND_WORKFLOW)
+	s := l.accept(t, envelopeOf(t, "progress"))
+	s.Expected = new(uint64(0))
+	data := appendString(appendString(nil, 1, l.id.Tenant), 2, l.id.Name)
+	data = protowire.AppendBytes(protowire.AppendTag(data, 5, protowire.BytesType), s.handOverRequest())
+	id, batch, err := parseHandOver(data)
+	if err != nil || id != l.id || len(batch) != 1 {
+		t.Fatalf("handed over were %d publishes to %s: %v", len(batch), id, err)
+	}
+	if got := batch[0]; got.Kind != s.Kind || *got.Expected != 0 || got.Envelopes[0].ID != s.Envelopes[0].ID {
+		t.Errorf("handed over, %+v became %+v", s, got)
+	}
+	// It has waited where it came from.
+	batch[0].Expected = nil
+	batch[0].classify()
+	if batch[0].passing || !batch[0].progress {
+		t.Error("progress that was handed over would wait again")
 	}
 }
