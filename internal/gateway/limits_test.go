@@ -464,7 +464,7 @@ func TestI8_RefusedIsReleased(t *testing.T) {
 						if as != ProtoJSON {
 							continue
 						}
-						p.sendRaw([]byte(fmt.Sprintf(`{"publish":{"publishId":%d,"session":"s","envelopes":[{"payload_of_tomorrow":{}}]}}`, id)))
+						p.sendRaw(fmt.Appendf(nil, `{"publish":{"publishId":%d,"session":"s","envelopes":[{"payload_of_tomorrow":{}}]}}`, id))
 					} else {
 						m = proto.CloneOf(m)
 						m.PublishId = id

@@ -71,10 +71,10 @@ func behindDoor(t *testing.T, test func(w *world, door *doorLog)) {
 	})
 }
 
-func (d *doorLog) wantInside(t *testing.T, n int64) {
+func (l *doorLog) wantInside(t *testing.T, n int64) {
 	t.Helper()
 	synctest.Wait()
-	if got := d.inside.Load(); got != n {
+	if got := l.inside.Load(); got != n {
 		t.Errorf("%d places are held, want %d", got, n)
 	}
 }

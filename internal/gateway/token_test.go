@@ -148,7 +148,7 @@ func TestTokenExpires(t *testing.T) {
 					w.g.cfg.Log = &heldLog{Log: w.log, held: held}
 					p.say(1, "s", 1)
 				}
-				time.Sleep(1)
+				time.Sleep(time.Nanosecond)
 				synctest.Wait()
 				close(held)
 				n := <-frames
