@@ -37,18 +37,20 @@ func presenceOf(t *testing.T, test func(t *testing.T, l *JetStreamLog, run func(
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		var over chan error
+		defer func() {
+			if err := l.Close(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if stop(); over != nil {
+				if err := <-over; err != nil {
+					t.Error(err)
+				}
+			}
+		}()
 		test(t, l, func() {
 			over = make(chan error, 1)
 			go func() { over <- l.Run(ctx) }()
 		})
-		if err := l.Close(t.Context()); err != nil {
-			t.Error(err)
-		}
-		if stop(); over != nil {
-			if err := <-over; err != nil {
-				t.Error(err)
-			}
-		}
 	})
 }
 
