@@ -3,6 +3,7 @@ package edgews
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"sync/atomic"
@@ -34,6 +35,13 @@ func (l *slowLog) Follow(ctx context.Context, id schema.SessionID, o broker.Foll
 		}
 	}
 	return l.Log.Follow(ctx, id, o)
+}
+
+// brokenLog fails.
+type brokenLog struct{ broker.Log }
+
+func (brokenLog) Follow(context.Context, schema.SessionID, broker.FollowOptions) (*broker.Follower, error) {
+	return nil, errors.New("the disk is on fire")
 }
 
 // slowly runs a test on a slow log.
@@ -154,6 +162,17 @@ func TestWhileAttaching(t *testing.T) {
 		c.wantClosed(1011, "unavailable: ")
 		if took := time.Since(began); took != 10*time.Second {
 			t.Errorf("it took %s", took)
+		}
+	})
+	bubble(t, func(_ *Config, g *gateway.Config) { g.Log = brokenLog{g.Log} }, func(w *world) {
+		c := w.session("sessionName=s")
+		if e := c.wantType("error"); e["code"] != "internal" || strings.Contains(e["details"].(string), "disk") {
+			t.Errorf("got %v", e)
+		}
+		c.wantClosed(1011, "internal: The server failed")
+		synctest.Wait()
+		if !strings.Contains(w.logs.String(), "the disk is on fire") {
+			t.Errorf("the log says\n%s", w.logs)
 		}
 	})
 	slowly(t, func(w *world, _ *slowLog) {

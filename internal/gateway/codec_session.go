@@ -69,7 +69,8 @@ func (c *conn) sessionEnvelope(p *pending, e *schema.Envelope) error {
 // isRefresh says whether a message, which is a JSON object with a type that is no envelope's, is a refresh.
 func isRefresh(msg []byte) bool {
 	var m map[string]json.RawMessage
-	return json.Unmarshal(msg, &m) == nil && string(m["type"]) == `"refresh"`
+	var kind string
+	return json.Unmarshal(msg, &m) == nil && json.Unmarshal(m["type"], &kind) == nil && kind == "refresh"
 }
 
 // refreshToken is the token in a refresh. Its errors name keys, never values.

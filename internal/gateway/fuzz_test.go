@@ -57,13 +57,18 @@ func FuzzReceive(f *testing.F) {
 		f.Add(byte(ProtoJSON), text)
 	}
 	f.Add(byte(ProtoPublish), seed(publish))
-	f.Add(byte(SessionJSON), []byte(`{"type":"user_message","data":{"message":"hi"}}`))
+	for _, msg := range []string{
+		`{"type":"user_message","data":{"message":"hi"}}`, `{"type":"workflow_progress","data":{"step":"s","message":"m","progress":0.5}}`, `{"type":"user_input","data":{}}`,
+		`{"type":"refresh","data":{"token":"agent:*"}}`, `{"type":"refresh","data":{"token":7}}`, `{"type":"refr\u0065sh","data":null}`,
+	} {
+		f.Add(byte(SessionJSON), []byte(msg))
+	}
 	f.Fuzz(func(t *testing.T, protocol byte, msg []byte) {
 		g, err := New(Config{Log: broker.NewMemoryLog(), Verify: verify})
 		if err != nil {
 			t.Fatal(err)
 		}
-		as := Peer{Protocol: Protocol(protocol%4) + 1, Principal: principal("agent", "*"), Session: "s"}
+		as := Peer{Protocol: Protocol((protocol-1)%4) + 1, Principal: principal("agent", "*"), Session: "s"}
 		if as.Protocol == SessionJSON {
 			as.Follow = &schema.Attach{Session: "s"}
 		}
