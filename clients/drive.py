@@ -149,6 +149,7 @@ async def main():
                 ("Python, session socket", lambda: script(system, sys.executable, os.path.join(HERE, "session_socket.py"))),
                 ("Node, session socket", lambda: script(system, "node", os.path.join(NODE, "session_socket.mjs"))),
                 ("Python, agent and UI", lambda: workflow(system, sys.executable, os.path.join(HERE, "workflow.py"))),
+                ("Node, agent and UI", lambda: workflow(system, "node", os.path.join(NODE, "workflow.mjs"))),
                 ("Python, gRPC", lambda: script(system, sys.executable, os.path.join(HERE, "over_grpc.py"))),
                 ("Node, gRPC-Web", lambda: script(system, "node", os.path.join(NODE, "over_grpc_web.mjs"))),
                 ("README.md", lambda: readme.check(system, CACHE)),
