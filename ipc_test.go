@@ -55,7 +55,7 @@ func dialIPC(t *testing.T, port int, opts *websocket.DialOptions) (*websocket.Co
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	c, res, err := websocket.Dial(ctx, fmt.Sprintf("ws://127.0.0.1:%d/v1/connect", port), opts) //nolint:bodyclose // the library closes it
+	c, res, err := websocket.Dial(ctx, fmt.Sprintf("ws://127.0.0.1:%d/v1/connect", port), opts)
 	if err == nil {
 		t.Cleanup(func() { _ = c.CloseNow() })
 		c.SetReadLimit(2 << 20)
@@ -278,7 +278,7 @@ func TestIPCFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stale, err := json.Marshal(ipcFile{Port: somebody.Addr().(*net.TCPAddr).Port, Token: "old", PID: os.Getpid()}) //nolint:errcheck // it listens on TCP
+	stale, err := json.Marshal(ipcFile{Port: somebody.Addr().(*net.TCPAddr).Port, Token: "old", PID: os.Getpid()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -384,7 +384,7 @@ func TestIPCAdmitsWhoHasItsTokenAlone(t *testing.T) {
 		"a rebound host":        {websocket.DialOptions{Subprotocols: ipcProtocol.Subprotocols, Host: "evil.example"}, http.StatusForbidden},
 		"the token as a header": {websocket.DialOptions{Subprotocols: ipcProtocol.Subprotocols, HTTPHeader: http.Header{"Authorization": {"Bearer " + f.Token}}}, http.StatusUnauthorized},
 	} {
-		if _, res, err := dialIPC(t, f.Port, &tt.opts); err == nil || res == nil || res.StatusCode != tt.status { //nolint:bodyclose // the library closes it
+		if _, res, err := dialIPC(t, f.Port, &tt.opts); err == nil || res == nil || res.StatusCode != tt.status {
 			t.Errorf("%s: %v, %v", name, res, err)
 		}
 	}
