@@ -50,14 +50,16 @@ func (l *quickLog) Publish(_ context.Context, _ schema.SessionID, s *broker.Subm
 // BenchmarkPublish is what the gateway itself spends on a token that comes in a frame of its own: from the message to the acknowledgement, without transport and log.
 func BenchmarkPublish(b *testing.B) {
 	for _, c := range []struct {
-		name string
-		e    *schema.Envelope
+		name   string
+		limits Limits
+		e      *schema.Envelope
 	}{
-		{"token", tokenOf(" example")},
-		{"with producer", &schema.Envelope{Producer: &schema.Producer{Id: "p", Epoch: 1, Seq: 9}, Payload: tokenOf(" example").Payload}},
+		{"token", Limits{}, tokenOf(" example")},
+		{"with a rate", Limits{Agent: Rate{1e9, 1e9}}, tokenOf(" example")},
+		{"with producer", Limits{}, &schema.Envelope{Producer: &schema.Producer{Id: "p", Epoch: 1, Seq: 9}, Payload: tokenOf(" example").Payload}},
 	} {
 		b.Run(c.name, func(b *testing.B) {
-			g, err := New(Config{Log: &quickLog{Log: broker.NewMemoryLog()}, Verify: verify})
+			g, err := New(Config{Log: &quickLog{Log: broker.NewMemoryLog()}, Verify: verify, Limits: c.limits})
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -80,7 +80,7 @@ func TestFramesWrittenByHand(t *testing.T) {
 			return []*pending{
 				{id: 1, target: a, receipt: broker.Receipt{Epoch: "E1", First: 1, Last: 1}},
 				{id: 1 << 40, target: a, receipt: broker.Receipt{Epoch: "E1", First: 1 << 33, Last: 1<<33 + 7, Duplicate: true}},
-				{id: 0, target: z, receipt: broker.Receipt{Epoch: "E2", First: 300, Last: 300}},
+				{id: 0, target: z, receipt: broker.Receipt{Epoch: "E2", First: 300, Last: 300, Replaced: true}},
 				{id: 3, target: z, receipt: broker.Receipt{Epoch: "E3", First: 1, Last: 1}},
 			}
 		}
@@ -88,7 +88,7 @@ func TestFramesWrittenByHand(t *testing.T) {
 			Durability: schema.Durability_DURABILITY_MEMORY, Acks: []*schema.Ack{
 				{PublishId: 1, FirstSeq: 1, LastSeq: 1, Epoch: "E1"},
 				{PublishId: 1 << 40, FirstSeq: 1 << 33, LastSeq: 1<<33 + 7, Duplicate: true},
-				{FirstSeq: 300, LastSeq: 300},
+				{FirstSeq: 300, LastSeq: 300, Replaced: true},
 				{PublishId: 3, FirstSeq: 1, LastSeq: 1, Epoch: "E3"},
 			},
 		}}}
