@@ -249,7 +249,7 @@ function render () {
   $('connection').textContent = {
     connecting: 'Connecting …',
     open: 'Connected',
-    cut: `Cut. Back in ${seconds} s, behind #${link.seq}`,
+    cut: `Cut. Back in ${seconds} s`,
     lost: `Lost. Trying again in ${seconds} s`,
     finished: 'Finished: nothing more will come',
     stopped: 'Stopped'
@@ -282,7 +282,7 @@ function render () {
     $('announcer').textContent = announcing
     announcing = ''
   }
-  if (following) $('said').scrollTop = $('said').scrollHeight
+  if (following && timeline.length) $('said').scrollTop = $('said').scrollHeight
   $('newest').hidden = following
 }
 
