@@ -73,7 +73,7 @@ func loopback(urls string) bool {
 // secretFlags say which secret tokens are signed with.
 type secretFlags struct {
 	Secret     secretText `placeholder:"TEXT" help:"Secret for tokens (HS256), at least 32 bytes. Set it in the environment or in the file; on the command line others can see it."`
-	SecretFile string     `placeholder:"FILE" help:"File with the secret for tokens. Default: the one of --data-dir."`
+	SecretFile string     `placeholder:"FILE" help:"File with the secret for tokens. Default: the one of --data-dir; none beside --jwks."`
 }
 
 func (f *secretFlags) secret(dataDir string) ([]byte, error) {
@@ -88,20 +88,10 @@ func (f *secretFlags) secret(dataDir string) ([]byte, error) {
 	}
 	secret, err := auth.ReadSecret(secretFile(dataDir))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, noSecretError{dataDir}
+		return nil, fmt.Errorf("there is no secret for tokens: set TIDEMARK_SECRET, or name a --secret-file, or the --data-dir of a node that `tidemark dev` or `tidemark broker --embedded` has started (looked in %s)", dataDir)
 	}
 	return secret, err
 }
-
-// noSecretError: there is no secret where it is by default.
-type noSecretError struct{ dataDir string }
-
-func (e noSecretError) Error() string {
-	return fmt.Sprintf("there is no secret for tokens: set TIDEMARK_SECRET, or name a --secret-file, or the --data-dir of a node that `tidemark dev` or `tidemark broker --embedded` has started (looked in %s)", e.dataDir)
-}
-
-// Is makes it one of a file that is not there.
-func (noSecretError) Is(err error) bool { return err == os.ErrNotExist }
 
 // keySource is a file or a URL, which may hold what is not for everybody's eyes.
 type keySource string
@@ -150,15 +140,15 @@ type tokenFlags struct {
 	jwksFlags
 }
 
-// believed says which tokens to believe. With a JWKS one can do without a secret; one that is there counts all the same.
+// believed says which tokens to believe. With a JWKS a secret counts only where it is named: one that lies in the data directory is that of a node which somebody once tried out here.
 func (f *tokenFlags) believed(dataDir string) (auth.Config, error) {
 	if err := f.check(); err != nil {
 		return auth.Config{}, err
 	}
-	secret, err := f.secret(dataDir)
-	if f.JWKS != "" && f.Secret == "" && f.SecretFile == "" && errors.Is(err, os.ErrNotExist) {
-		secret, err = nil, nil
+	if f.JWKS != "" && f.Secret == "" && f.SecretFile == "" {
+		return f.beside(nil), nil
 	}
+	secret, err := f.secret(dataDir)
 	return f.beside(secret), err
 }
 

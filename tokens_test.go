@@ -73,14 +73,14 @@ func TestJWKSBesideAndInsteadOfASecret(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := "nats://" + natsUser + ":" + strings.TrimSpace(string(password)) + "@" + p.at.NATS
-	edge := serveUntilReady(t, "edge-ws", "--data-dir", t.TempDir(), "--nats", server, "--http", "127.0.0.1:0", "--jwks", keys, "--issuer", "https://idp", "--audience", "tidemark")
+	edge := serveUntilReady(t, "edge-ws", "--data-dir", dir, "--nats", server, "--http", "127.0.0.1:0", "--jwks", keys, "--issuer", "https://idp", "--audience", "tidemark")
 	for name, row := range map[string]struct {
 		token  string
 		status int
 	}{
 		"the issuer's":      {token("https://idp"), http.StatusUpgradeRequired},
 		"another issuer's":  {token("https://idp.example"), http.StatusUnauthorized},
-		"the secret's":      {minted, http.StatusUnauthorized},
+		"the secret's":      {minted, http.StatusUnauthorized}, // although it lies in the data directory
 		"one without a key": {"", http.StatusUnauthorized},
 	} {
 		if status := answer(edge.at.HTTP, row.token); status != row.status {
