@@ -235,7 +235,7 @@ func TestI8_FloodWaits(t *testing.T) {
 			case r.GetCode() == schema.Code_CODE_RATE_EXCEEDED:
 				answered++
 			default:
-				t.Fatalf("got %v", f)
+				w.Fatalf("got %v", f)
 			}
 		}
 		took := time.Since(began)
@@ -321,10 +321,10 @@ func TestI8_CallersAreBounded(t *testing.T) {
 		}
 		for i := range 3 * maxBuckets {
 			if err := w.g.Allow(&auth.Principal{Subject: fmt.Sprint(i), Tenant: "t", Role: schema.Role_ROLE_USER}, 1); err != nil {
-				t.Fatal(err)
+				w.Fatal(err)
 			}
 			if i%1000 == 0 && w.g.Allow(spent, 1) == nil {
-				t.Fatalf("after %d others, the one that had nothing left may call again", i)
+				w.Fatalf("after %d others, the one that had nothing left may call again", i)
 			}
 		}
 		if n := len(w.g.calls.of); n > maxBuckets {
@@ -477,7 +477,7 @@ func TestI8_RefusedIsReleased(t *testing.T) {
 						b, err := protojson.Marshal(&schema.ClientFrame{Frame: &schema.ClientFrame_Publish{Publish: m}})
 						switch {
 						case err != nil:
-							t.Fatal(err)
+							w.Fatal(err)
 						case as == ProtoJSON:
 							p.sendRaw(b)
 						case as == ProtoPublish:

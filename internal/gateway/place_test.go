@@ -156,7 +156,7 @@ func TestPlaceOfAConnection(t *testing.T) {
 		p.open(9, "gone")
 		door.wantInside(t, 2)
 		if err := w.log.Delete(w.Context(), schema.SessionID{Tenant: "default", Name: "gone"}); err != nil {
-			t.Fatal(err)
+			w.Fatal(err)
 		}
 		p.wantError(9, schema.Code_CODE_SESSION_DELETED, "")
 		door.wantInside(t, 1)

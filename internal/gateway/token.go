@@ -52,15 +52,20 @@ func (c *conn) refresh(token string) error {
 	c.watch()
 	// Whether the new token gives access is asked anew of every session that is published to.
 	clear(c.targets)
-	c.reply(&schema.ServerFrame{Frame: &schema.ServerFrame_Refreshed{Refreshed: &schema.Refreshed{Expires: expiresOf(p)}}})
+	// Marked before the answer: behind it nothing more comes of the sessions that end.
+	var revoked []*attachment
 	for _, a := range c.channels {
 		if a.ended.Load() {
 			continue
 		}
 		if err := Authorize(p, Follow, a.id.Name); err != nil {
 			a.revoked.Store(schema.AsRefusal(err))
-			a.turn()
+			revoked = append(revoked, a)
 		}
+	}
+	c.reply(&schema.ServerFrame{Frame: &schema.ServerFrame_Refreshed{Refreshed: &schema.Refreshed{Expires: expiresOf(p)}}})
+	for _, a := range revoked {
+		a.turn()
 	}
 	return nil
 }

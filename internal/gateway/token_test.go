@@ -139,7 +139,7 @@ func TestTokenExpires(t *testing.T) {
 				synctest.Wait()
 				select {
 				case <-p.closed:
-					t.Fatalf("closed before: %s %s", p.code, p.message)
+					w.Fatalf("closed before: %s %s", p.code, p.message)
 				default:
 				}
 				held := make(chan struct{})
@@ -214,7 +214,7 @@ func TestRefresh(t *testing.T) {
 					k.For = life
 					p.renew(k.token())
 					if r := p.frame().GetRefreshed(); !r.GetExpires().AsTime().Equal(time.Now().Add(life)) {
-						t.Fatalf("got %v", r)
+						w.Fatalf("got %v", r)
 					}
 				}
 				for range 5 {
@@ -422,7 +422,7 @@ func TestRefreshNarrowsWhatIsOpening(t *testing.T) {
 				break
 			}
 			if f.GetAttached() == nil {
-				t.Fatalf("got %v", f)
+				w.Fatalf("got %v", f)
 			}
 		}
 		p.wantNothing()
