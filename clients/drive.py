@@ -91,6 +91,11 @@ async def script(system, *command, away=0, **settings):
     return text.splitlines()[-1]
 
 
+async def alone(system, *command):
+    """Runs a client that is agent and user in one, which an administrator may be."""
+    return await script(system, *command, TOKEN=(await system.run("token", "--role", "admin")).strip())
+
+
 async def workflow(system, *command):
     """Runs an agent and a UI, whose pauses are a hundredth of those in life, with tokens of every kind that they need."""
 
@@ -146,8 +151,8 @@ async def main():
             print("skipped Chromium, the page: no Chromium", flush=True)
         try:
             for name, check in in_browser + [
-                ("Python, session socket", lambda: script(system, sys.executable, os.path.join(HERE, "session_socket.py"))),
-                ("Node, session socket", lambda: script(system, "node", os.path.join(NODE, "session_socket.mjs"))),
+                ("Python, session socket", lambda: alone(system, sys.executable, os.path.join(HERE, "session_socket.py"))),
+                ("Node, session socket", lambda: alone(system, "node", os.path.join(NODE, "session_socket.mjs"))),
                 ("Python, agent and UI", lambda: workflow(system, sys.executable, os.path.join(HERE, "workflow.py"))),
                 ("Node, agent and UI", lambda: workflow(system, "node", os.path.join(NODE, "workflow.mjs"))),
                 ("Python, gRPC", lambda: script(system, sys.executable, os.path.join(HERE, "over_grpc.py"))),
