@@ -196,7 +196,7 @@ func adminOf(t *testing.T, dir string, edges ...string) *client.Client {
 
 func TestStoppingLosesNothing(t *testing.T) {
 	dir := t.TempDir()
-	p := dev(t, dir)
+	p := dev(t, dir, "--agent-rate", "0")
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	c := adminOf(t, dir, "grpc://"+p.at.GRPC)
@@ -225,7 +225,7 @@ func TestStoppingLosesNothing(t *testing.T) {
 	}
 	more()
 	p.stop()
-	dev(t, dir, "--grpc", p.at.GRPC)
+	dev(t, dir, "--grpc", p.at.GRPC, "--agent-rate", "0")
 	more()
 	close(enough)
 	publishing.Wait()
