@@ -123,8 +123,8 @@ func Open(cfg Config) (*JetStreamLog, error) {
 // Run finds the deployment, follows its streams and takes hand-overs, until ctx ends; then it returns nil. Call it once.
 func (l *JetStreamLog) Run(ctx context.Context) error {
 	streams, err := l.find(ctx)
-	if err != nil {
-		return err
+	if err != nil || ctx.Err() != nil {
+		return err // the log may be closed before there was anything to follow
 	}
 	sub, err := l.conn.Subscribe(edgeSubject(l.edge), l.takeHandOver)
 	if err != nil {
