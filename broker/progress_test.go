@@ -36,14 +36,14 @@ func report(t *testing.T, cfg Config, fn func(p *reporter)) {
 		if p.log, err = Open(cfg); err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithCancel(context.Background())
+		ctx, cancel := context.WithCancel(t.Context())
 		over := make(chan error, 1)
 		go func() { over <- p.log.Run(ctx) }()
 		for !p.log.Status().Ready {
 			time.Sleep(10 * time.Millisecond) // of the bubble
 		}
 		fn(p)
-		if err := p.log.Close(context.Background()); err != nil {
+		if err := p.log.Close(t.Context()); err != nil {
 			t.Error(err)
 		}
 		cancel()

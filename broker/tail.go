@@ -21,7 +21,7 @@ type tail struct {
 	last  uint64 // stream sequence of the newest frame seen
 }
 
-// tailLane is a session in the tail. It exists while the ring holds frames of it or somebody follows it. Guarded by tail.mu.
+// tailLane is a session in the tail. It exists while the ring holds frames of it, a tombstone among them, or somebody follows it. Guarded by tail.mu.
 //
 //	before      frames
 //	 ----------|===|=====|==|   all of one history: epoch
@@ -35,6 +35,8 @@ type tailLane struct {
 	epoch  string
 	before uint64
 	frames []*frame // oldest first, consecutive
+	// grave is the tombstone that ended the history before, while the ring holds it: appenders learn from it that their state is void.
+	grave *frame
 	// followers are to be woken when there is more.
 	followers map[*tailFollower]struct{}
 	// folded is how far the session's state was last folded, for [JetStreamLog.Session].
@@ -71,7 +73,9 @@ func (t *tail) add(f *frame) bool {
 		l.begin(f.Epoch, f.First-1)
 		sound = false
 	}
-	if !f.Deleted {
+	if f.Deleted {
+		l.grave = f
+	} else {
 		l.frames = append(l.frames, f)
 	}
 	f.cost = len(f.Region) + frameCost
@@ -145,13 +149,16 @@ func (t *tail) trim() {
 			l.frames = l.frames[1:]
 			l.before = f.Last()
 		}
+		if l.grave == f {
+			l.grave = nil
+		}
 		t.forget(l)
 	}
 }
 
 // forget drops a lane that has neither frames nor followers.
 func (t *tail) forget(l *tailLane) {
-	if len(l.frames) == 0 && len(l.followers) == 0 {
+	if len(l.frames) == 0 && l.grave == nil && len(l.followers) == 0 {
 		delete(t.lanes, l.subject)
 	}
 }
@@ -162,7 +169,7 @@ func (t *tail) reset() {
 	var wakes []func()
 	for _, l := range t.lanes {
 		l.begin("", 0)
-		l.known = false
+		l.known, l.grave = false, nil
 		wakes = l.wakes(wakes)
 		t.forget(l)
 	}

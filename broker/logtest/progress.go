@@ -235,9 +235,9 @@ func testProgressOnAnotherEdge(w *world) {
 // that is as new, and nothing that is not progress is missing.
 func testProgressBesideAFlood(w *world) {
 	b := w.otherEdge()
-	x := &writer{w: w}
+	var flood [][]schema.Accepted
 	for range 150 {
-		x.parts = append(x.parts, Tokens("flood", 3))
+		flood = append(flood, Tokens("flood", 3))
 	}
 	var reports []<-chan answer
 	var between []<-chan answer
@@ -252,7 +252,7 @@ func testProgressBesideAFlood(w *world) {
 			time.Sleep(time.Duration(i%4) * 20 * time.Millisecond)
 		}
 	}()
-	for i, part := range x.parts {
+	for i, part := range flood {
 		if r, err := w.try(broker.Submission{Envelopes: part}); err != nil || r.Last != r.First+2 {
 			w.Fatalf("part %d of the flood: %+v, %v", i, r, err)
 		}
@@ -315,6 +315,18 @@ func testProgressDeletedOnAnotherEdge(w *world) {
 		if s := w.session(); s != nil {
 			w.Fatalf("a report that waited brought the session back: %v", s)
 		}
+	}
+	// What is reported behind the deletion begins the next history, at once: its last progress is not this one's.
+	for range 3 {
+		w.publish(Token("m", "x"), Progress("first"))
+		b.delete()
+		if s := w.session(); s != nil {
+			w.Fatalf("deleted, it stands at %v", s)
+		}
+		if r := w.soon("a report", w.submit(one(Progress("anew")))); r.First != 1 {
+			w.Errorf("a report behind the deletion went to %+v", r)
+		}
+		b.delete()
 	}
 }
 
