@@ -9,7 +9,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { chromium } from 'playwright-core'
 import WebSocket from 'ws'
 
-const { TOKEN, USER_TOKEN, EDGE_HTTP, CHROMIUM, SHOTS } = process.env
+const { TOKEN, USER_TOKEN, EDGE_HTTP, EDGE_GRPC, CHROMIUM, SHOTS } = process.env
 const unique = process.hrtime.bigint()
 const phone = { width: 360, height: 740 }
 const desk = { width: 1280, height: 800 }
@@ -243,6 +243,33 @@ async function aWorkflow () {
   return seq
 }
 
+// A chat outlives its runs: the page learns from the server what has ended.
+async function aChat () {
+  const session = `chat ${unique}`
+  const append = async payload => {
+    const answer = await fetch(`http://${EDGE_GRPC}/tidemark.v1.SessionService/Append`, {
+      method: 'POST', headers: { authorization: `Bearer ${TOKEN}`, 'content-type': 'application/json' }, body: JSON.stringify({ session, envelopes: [payload] })
+    })
+    assert.equal(answer.status, 200, await answer.text())
+  }
+  await append({ startRun: { runId: 'r1' } })
+  const page = await tab({ token: USER_TOKEN, session })
+  await until(page, '#status', 'running')
+  await append({ runStatus: { runId: 'r1', status: 'STATUS_COMPLETED' } })
+  await until(page, '#status', 'open')
+  await append({ startRun: { runId: 'r2' } })
+  await until(page, '#status', 'running')
+  await append({ error: { error: 'The tide gauge is under water.', recoverable: false } })
+  await until(page, '#status', 'open')
+  assert.equal(await textOf(page, '#reconnects'), '0', 'what it asks the server counts as a loss')
+  await connected(page)
+  await append({ runStatus: { status: 'STATUS_COMPLETED' } })
+  await until(page, '#connection', 'Finished')
+  assert.equal(await textOf(page, '#status'), 'completed')
+  assert.equal(await textOf(page, '#flaws'), '0, 0')
+  await page.close()
+}
+
 // An agent's page, on a phone at night.
 async function asAgent () {
   const session = `agent's page ${unique}`
@@ -343,6 +370,7 @@ async function headers () {
 try {
   await headers()
   const seq = await aWorkflow()
+  await aChat()
   await asAgent()
   await theDoor()
   await overABadWire()
