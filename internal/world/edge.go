@@ -114,7 +114,9 @@ func (e *Edge) Loopback() string {
 	go func() { served <- server.Serve(l) }()
 	e.w.closers = append(e.w.closers, func() {
 		_ = server.Close()
-		<-served
+		if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+			e.w.t.Errorf("%s: %v", e.Name, err)
+		}
 	})
 	return l.Addr().String()
 }

@@ -77,10 +77,10 @@ func TestTwoUsersAnswerAtOnce(t *testing.T) {
 				session := fmt.Sprint(a, " and ", b)
 				agent := w.Join(w.Edge(0), ProtoSocket, session)
 				readers := [2]*Reader{w.Read(session, ReaderOptions{Ways: []Way{a}, Edges: []*Edge{w.Edge(0)}}), w.Read(session, ReaderOptions{Ways: []Way{b}, Edges: []*Edge{w.Edge(1)}})}
-				head := agent.Put(session, startRun("r1")).Last
+				agent.Put(session, startRun("r1"))
 				users := [2]*Peer{w.joinAs(w.Edge(0), a, session, "ana"), w.joinAs(w.Edge(1), b, session, "bo")}
 				for range 4 {
-					head = agent.Put(session, question("Which?", "this", "that")).Last
+					head := agent.Put(session, question("Which?", "this", "that")).Last
 					for _, r := range readers {
 						r.Wait(head)
 					}
