@@ -16,11 +16,6 @@ func TestLogEndsBeforeItsDeployment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
-		if err := node.Shutdown(context.Background()); err != nil {
-			t.Error(err)
-		}
-	}()
 	l, err := broker.Open(broker.Config{Server: broker.Server{InProcess: node, Name: "test"}})
 	if err != nil {
 		t.Fatal(err)
@@ -32,5 +27,8 @@ func TestLogEndsBeforeItsDeployment(t *testing.T) {
 	}
 	if err := l.Close(t.Context()); err != nil {
 		t.Errorf("Close: %v", err)
+	}
+	if err := node.Shutdown(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
