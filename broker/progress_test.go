@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,10 +21,22 @@ type reporter struct {
 	stamp schema.Stamp
 }
 
-// told is the answer to a publish; nil until it came.
+// told is the answer to a publish.
 type told struct {
 	r   Receipt
 	err error
+}
+
+// pending is where the answer to a publish comes; nil until it came.
+type pending struct{ atomic.Pointer[told] }
+
+// now is the answer as far as it has come.
+func (p *pending) now() told {
+	synctest.Wait()
+	if a := p.Load(); a != nil {
+		return *a
+	}
+	return told{}
 }
 
 // report opens a log on a shelf, over a wire, for fn.
@@ -53,19 +66,18 @@ func report(t *testing.T, cfg Config, fn func(p *reporter)) {
 	})
 }
 
-func (p *reporter) publish(e *schema.Envelope) *told {
+func (p *reporter) publish(e *schema.Envelope) *pending {
 	p.Helper()
 	a, err := p.stamp.AcceptEnvelope(e, time.Now())
 	if err != nil {
 		p.Fatal(err)
 	}
-	answer := new(told)
+	answer := new(pending)
 	began := time.Now()
 	p.log.Publish(p.Context(), p.id, &Submission{Envelopes: []schema.Accepted{a}, Done: func(r Receipt, err error) {
-		if answer.err != nil || answer.r.First != 0 {
+		if !answer.CompareAndSwap(nil, &told{r, err}) {
 			p.Error("a publish was answered twice")
 		}
-		*answer = told{r, err}
 	}})
 	if took := time.Since(began); took > 500*time.Millisecond {
 		p.Errorf("a publish found no room for %s", took)
@@ -73,24 +85,22 @@ func (p *reporter) publish(e *schema.Envelope) *told {
 	return answer
 }
 
-func (p *reporter) progress(message string) *told {
+func (p *reporter) progress(message string) *pending {
 	p.Helper()
 	return p.publish(&schema.Envelope{Payload: &schema.Envelope_WorkflowProgress{WorkflowProgress: &schema.WorkflowProgress{Step: "s", Message: message}}})
 }
 
 // stored checks the place that a publish was answered with.
-func (p *reporter) stored(what string, a *told, seq uint64, replaced bool) {
+func (p *reporter) stored(what string, answer *pending, seq uint64, replaced bool) {
 	p.Helper()
-	synctest.Wait()
-	if a.err != nil || a.r.First != seq || a.r.Last != seq || a.r.Replaced != replaced {
+	if a := answer.now(); a.err != nil || a.r.First != seq || a.r.Last != seq || a.r.Replaced != replaced {
 		p.Errorf("%s was answered with %+v, %v; want seq %d, replaced %t", what, a.r, a.err, seq, replaced)
 	}
 }
 
-func (p *reporter) open(what string, a *told) {
+func (p *reporter) open(what string, answer *pending) {
 	p.Helper()
-	synctest.Wait()
-	if *a != (told{}) {
+	if a := answer.now(); a != (told{}) {
 		p.Errorf("%s was answered with %+v, %v; it should wait", what, a.r, a.err)
 	}
 }
@@ -100,7 +110,7 @@ func TestI8_ReplacedProgressTakesNoRoom(t *testing.T) {
 	report(t, Config{QueueBytes: 64 << 10}, func(p *reporter) {
 		p.progress("first")
 		text := string(bytes.Repeat([]byte("x"), 8<<10))
-		var all []*told
+		var all []*pending
 		for range 100 {
 			all = append(all, p.progress(text))
 		}
@@ -165,16 +175,16 @@ func TestProgressIsNotHeldForEver(t *testing.T) {
 		p.open("a report", b)
 		p.wire.frozen.Store(true)
 		time.Sleep(10 * time.Second)
-		for _, answer := range []*told{a, b} {
+		for _, answer := range []told{a.now(), b.now()} {
 			if schema.CodeOf(answer.err) != schema.Code_CODE_UNAVAILABLE {
 				t.Errorf("a report was answered with %+v, %v after NATS had been away for long", answer.r, answer.err)
 			}
 		}
 		p.wire.frozen.Store(false)
 		time.Sleep(20 * time.Second)
-		again := p.progress("again")
+		report := p.progress("again")
 		time.Sleep(3 * time.Second)
-		if again.err != nil || again.r.First < 3 {
+		if again := report.now(); again.err != nil || again.r.First < 3 {
 			t.Errorf("after the outage a report was answered with %+v, %v", again.r, again.err)
 		}
 	})
