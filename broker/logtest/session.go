@@ -87,6 +87,8 @@ func testSessionsListed(w *world) {
 		{"default", broker.Query{Status: schema.Status_STATUS_WAITING_FOR_INPUT}, []string{"a/2", "b"}},
 		{"default", broker.Query{Status: schema.Status_STATUS_WAITING_FOR_INPUT, Prefix: "a"}, []string{"a/2"}},
 		{"default", broker.Query{Status: schema.Status_STATUS_FAILED}, []string{}},
+		{"default", broker.Query{May: func(name string) bool { return name == "b" || name == "ü" }}, []string{"b", "ü"}},
+		{"default", broker.Query{May: func(name string) bool { return name == "b" || name == "ü" }, Prefix: "a"}, []string{}},
 		{"wall", broker.Query{}, []string{"a/secret"}},
 		{"def", broker.Query{}, []string{}},
 		{"*", broker.Query{}, []string{}},
@@ -98,6 +100,11 @@ func testSessionsListed(w *world) {
 				w.Errorf("of tenant %q, %+v lists %q, want %q", c.tenant, c.q, got, c.want)
 			}
 		}
+	}
+	// What the asker may not know of leaves no trace, in a page's token either (I9).
+	nothing := broker.Query{Limit: 1, May: func(string) bool { return false }}
+	if page, err := w.log.Sessions(w.Context(), "default", nothing); err != nil || len(page.Sessions) > 0 || page.Next != "" {
+		w.Errorf("who may know of no session is told %+v, %v", page, err)
 	}
 	for _, s := range w.list("default", broker.Query{Prefix: "a/", Limit: 10}) {
 		live := w.of(ID(s.GetSession())).session()
