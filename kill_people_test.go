@@ -182,9 +182,9 @@ type said struct {
 }
 
 // socket opens the session socket.
-func (k *killing) socket(session string, query url.Values) (*websocket.Conn, error) {
+func (k *killing) socket(role schema.Role, session string, query url.Values) (*websocket.Conn, error) {
 	query.Set("sessionName", session)
-	query.Set("token", k.token(schema.Role_ROLE_USER))
+	query.Set("token", k.token(role))
 	ctx, cancel := context.WithTimeout(k.ctx, 10*time.Second)
 	defer cancel()
 	ws, _, err := websocket.Dial(ctx, "ws://"+k.overWS.addr+"/ws?"+query.Encode(), nil)
@@ -213,7 +213,7 @@ type word struct{ id, text string }
 func (k *killing) speaker(b *book, name string) error {
 	var under []word
 	for {
-		ws, err := k.socket(b.session, url.Values{"lastSeq": {"latest"}})
+		ws, err := k.socket(schema.Role_ROLE_AGENT, b.session, url.Values{"lastSeq": {"latest"}})
 		if err == nil {
 			var over bool
 			if under, over, err = k.speak(ws, b, name, under); over {
@@ -336,7 +336,7 @@ func (k *killing) listener(b *book, name string) error {
 		if last > 0 {
 			query = url.Values{"lastSeq": {fmt.Sprint(last)}, "epoch": {epoch}}
 		}
-		ws, err := k.socket(b.session, query)
+		ws, err := k.socket(schema.Role_ROLE_USER, b.session, query)
 		for err == nil {
 			var s said
 			s, err = k.hear(ws)
@@ -349,6 +349,8 @@ func (k *killing) listener(b *book, name string) error {
 				if s.Data.Epoch != "" {
 					epoch = s.Data.Epoch
 				}
+			case s.Type == "error" && s.Data.Code == schema.Code_CODE_TOO_MANY_CONNECTIONS.Word():
+				// Edges that were killed keep their places for some seconds.
 			case s.Type == "error" && !s.Data.Retryable, s.Type == "truncated":
 				return fmt.Errorf("it is told of %s %s: %s", s.Type, s.Data.Code, s.Data.Details)
 			case s.Seq > 0:
