@@ -62,18 +62,13 @@ func (l *lifecycle) under() bool {
 	return l.status == schema.Status_STATUS_RUNNING || l.status == schema.Status_STATUS_WAITING_FOR_INPUT
 }
 
-// terminal says that a session with this status has ended.
-func terminal(s schema.Status) bool {
-	return s == schema.Status_STATUS_COMPLETED || s == schema.Status_STATUS_FAILED || s == schema.Status_STATUS_CANCELLED
-}
-
 // decide says why the envelope may not come next; nil where it may. The payload was validated.
 func (l *lifecycle) decide(id schema.SessionID, kind schema.Kind, payload []byte) *schema.Refusal {
-	if terminal(l.status) {
+	if schema.Ended(l.status) {
 		if kind == schema.KindSystem {
 			return nil
 		}
-		return schema.Refuse(schema.Code_CODE_SESSION_ENDED, "Session %s has ended (%s) and takes nothing more but system; go on in another session.", id, word(l.status))
+		return schema.Refuse(schema.Code_CODE_SESSION_ENDED, "Session %s has ended (%s) and takes nothing more but system; go on in another session.", id, schema.StatusWord(l.status))
 	}
 	switch kind {
 	case schema.KindSessionCreated:
@@ -128,7 +123,7 @@ func (l *lifecycle) fold(seq uint64, kind schema.Kind, payload []byte) {
 	if first {
 		l.kind, l.status = kindOf(l.kind), schema.Status_STATUS_OPEN
 	}
-	if !moves(kind) || terminal(l.status) {
+	if !moves(kind) || schema.Ended(l.status) {
 		return
 	}
 	switch kind {
@@ -178,7 +173,7 @@ func (l *lifecycle) foldStatus(seq uint64, run string, to schema.Status) {
 		l.stand(to)
 	case to == schema.Status_STATUS_WAITING_FOR_INPUT:
 		l.ask(seq, nil)
-	case !terminal(to):
+	case !schema.Ended(to):
 		return
 	case l.under(), l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW:
 		l.end(to)
@@ -209,6 +204,3 @@ func (l *lifecycle) end(with schema.Status) {
 	}
 	l.stand(with)
 }
-
-// word is a status as people write it.
-func word(s schema.Status) string { return strings.ToLower(strings.TrimPrefix(s.String(), "STATUS_")) }

@@ -89,7 +89,7 @@ func (l *life) String() string {
 	if s.head == 0 {
 		return "not there"
 	}
-	out := strings.ToLower(strings.TrimPrefix(s.kind.String(), "SESSION_KIND_")) + " " + word(s.status)
+	out := strings.ToLower(strings.TrimPrefix(s.kind.String(), "SESSION_KIND_")) + " " + schema.StatusWord(s.status)
 	if s.run != "" {
 		out += ", run " + s.run
 	}
@@ -274,7 +274,7 @@ func TestLifecycleIsNeverImpossible(t *testing.T) {
 			if err := l.st.possible(l.st.head); err != nil {
 				rt.Fatal(err)
 			}
-			if terminal(before.status) && (!reflect.DeepEqual(before, l.st.lifecycle) || l.st.head < head) {
+			if schema.Ended(before.status) && (!reflect.DeepEqual(before, l.st.lifecycle) || l.st.head < head) {
 				rt.Fatalf("it had ended as %+v, and stands at %+v", before, l.st.lifecycle)
 			}
 		}

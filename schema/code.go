@@ -121,3 +121,16 @@ func DurabilityWord(d Durability) string {
 func ParseDurability(word string) Durability {
 	return Durability(Durability_value["DURABILITY_"+strings.ToUpper(word)])
 }
+
+// StatusWord is where a session stands as JSON, listings and PROTOCOL.md name it: open, running, waiting_for_input, completed, failed, cancelled. Empty for unspecified.
+func StatusWord(s Status) string {
+	if s == Status_STATUS_UNSPECIFIED {
+		return ""
+	}
+	return strings.ToLower(strings.TrimPrefix(s.String(), "STATUS_"))
+}
+
+// Ended reports whether a session with this status has ended: it takes nothing more but system, and its status does not change again.
+func Ended(s Status) bool {
+	return s == Status_STATUS_COMPLETED || s == Status_STATUS_FAILED || s == Status_STATUS_CANCELLED
+}

@@ -74,3 +74,19 @@ func TestAsRefusal(t *testing.T) {
 		t.Errorf("got %s", got)
 	}
 }
+
+// The word is that of the JSON form, and what has ended is what the lifecycle calls so.
+func TestStatusWords(t *testing.T) {
+	t.Parallel()
+	ended := []string{"completed", "failed", "cancelled"}
+	for number := range Status_name {
+		status := Status(number)
+		word := StatusWord(status)
+		if word != statusWords[number] {
+			t.Errorf("the word of %v is %q", status, word)
+		}
+		if Ended(status) != slices.Contains(ended, word) {
+			t.Errorf("%v has ended is %v", status, Ended(status))
+		}
+	}
+}
