@@ -64,7 +64,7 @@ async def script(system, *command, away=0, **settings):
     """Runs a client whose connections are cut at random, and once are not made for `away` attempts; its last line says what it has seen. It finds settings in its environment."""
     http, grpc = await Wire(system.http).open(), await Wire(system.grpc).open()
     cutting = [asyncio.create_task(w.cut_at_random(0.03, 0.25)) for w in (http, grpc)]
-    absence = asyncio.get_running_loop().call_later(1, http.go_away, away)
+    absence = [asyncio.get_running_loop().call_later(1, http.go_away, away)] if away else []
     env = dict(system.env, TOKEN=await system.run("token", "--role", "agent"), EDGE_HTTP=system.http, EDGE_GRPC=system.grpc, CUT_HTTP=http.address, CUT_GRPC=grpc.address)
     env["TOKEN"] = env["TOKEN"].strip()
     env["GENERATED"] = os.path.join(CACHE, "generated")
@@ -79,7 +79,7 @@ async def script(system, *command, away=0, **settings):
             p.kill()
             await p.wait()
         idle = [task for task in cutting if task.done()]
-        for task in (*cutting, absence):
+        for task in (*cutting, *absence):
             task.cancel()
         http.close()
         grpc.close()

@@ -99,7 +99,7 @@ func TestProtocolCloses(t *testing.T) {
 // TestProtocolStatuses compares the table of HTTP statuses with what a refusal is answered with.
 func TestProtocolStatuses(t *testing.T) {
 	statuses := sessionSection(t)["HTTP status"]
-	if len(statuses) != 5 {
+	if len(statuses) != 6 {
 		t.Errorf("PROTOCOL.md has %d statuses", len(statuses))
 	}
 	for _, r := range statuses {

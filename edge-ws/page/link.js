@@ -17,7 +17,7 @@ const giveUp = ['invalid_message', 'unknown_type', 'too_large', 'unsupported_pro
 const digits = '0123456789ABCDEFGHJKMNPQRSTVWXYZ'
 
 // ulid is a new id for an envelope. The server knows a retry by it.
-export function ulid () {
+function ulid () {
   let id = ''
   for (let t = Date.now(), i = 0; i < 10; i++, t = Math.floor(t / 32)) id = digits[t % 32] + id
   for (const b of crypto.getRandomValues(new Uint8Array(16))) id += digits[b % 32]
@@ -34,6 +34,7 @@ export class Link {
   #quiet = false // the next attachment is not counted as a reconnect
   #outbox = []
   #sent = 0 // so many of the outbox are on their way
+  #retry = 0 // the timer after which what was refused for now is sent again; 0 where nothing was
 
   epoch = ''
   seq = 0
@@ -68,7 +69,7 @@ export class Link {
     ws.onopen = () => { opened = true }
     ws.onmessage = event => this.#heard(JSON.parse(event.data))
     ws.onclose = event => {
-      this.#ws = null
+      this.#forget()
       if (opened) this.#closed(event.code, event.reason)
       else this.#refused()
     }
@@ -110,9 +111,9 @@ export class Link {
     return true
   }
 
-  get unsent () { return this.#outbox.length }
-
   #forget () {
+    clearTimeout(this.#retry)
+    this.#retry = 0
     const ws = this.#ws
     this.#ws = null
     this.#attached = false
@@ -175,8 +176,8 @@ export class Link {
         break
       case 'error':
         if (data.id && data.retryable && this.#outbox.some(o => o.message.id === data.id)) {
-          // It, and what went behind it, is sent again as it is.
-          setTimeout(() => { if (this.#attached) { this.#sent = 0; this.#flush() } }, firstWait)
+          // It, and what went with it, is sent again as it is: once, however many of them were refused.
+          this.#retry ||= setTimeout(() => { this.#retry = 0; this.#sent = 0; this.#flush() }, firstWait)
         } else if (!data.id || !this.#settle(data.id, data)) {
           this.#refusal = data
         }
@@ -185,7 +186,6 @@ export class Link {
   }
 
   #closed (code, reason) {
-    this.#attached = false
     const word = this.#refusal?.code || reason.split(':')[0]
     const why = this.#refusal?.details || reason.slice(word.length + 2) || `the connection was closed with ${code}`
     if (code === 1000) this.#end('finished', word)

@@ -4,7 +4,7 @@
 const maxItems = 2000
 
 // el makes an element.
-export function el (tag, props = {}, ...children) {
+function el (tag, props = {}, ...children) {
   const node = document.createElement(tag)
   for (const [name, value] of Object.entries(props)) {
     if (name === 'class') node.className = value
