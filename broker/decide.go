@@ -83,7 +83,7 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 	if err != nil {
 		return nil, err
 	}
-	life, refusal := d.live(s)
+	life, refusal := d.life.take(d.id, s.Kind, d.head, s.Envelopes)
 	if refusal != nil {
 		return nil, refusal
 	}
@@ -110,22 +110,6 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 	}
 	d.taken = append(d.taken, answer{s, r})
 	return nil, nil
-}
-
-// live lets the submission's envelopes come one behind the other, and returns where the session stands then, or why one of them may not come.
-func (d *draft) live(s *Submission) (lifecycle, *schema.Refusal) {
-	life := d.life
-	if life.status == schema.Status_STATUS_UNSPECIFIED {
-		life.begin(s.Kind)
-	}
-	for i := range s.Envelopes {
-		e := &s.Envelopes[i]
-		if refusal := life.decide(d.id, e.Kind, e.Payload); refusal != nil {
-			return life, refusal
-		}
-		life.fold(d.head+uint64(i)+1, e.Kind, e.Payload)
-	}
-	return life, nil
 }
 
 // duplicate reports whether the submission is stored, or in the draft, already, and the seq of its first envelope.

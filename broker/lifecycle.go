@@ -36,6 +36,23 @@ type lifecycle struct {
 	metadata string
 }
 
+// take lets a publish's envelopes come one behind the other, the first behind head, and returns where the session stands then; or why one of them may not come, and nothing has. kind is what the session becomes
+// where they are its first.
+func (l *lifecycle) take(id schema.SessionID, kind schema.SessionKind, head uint64, envelopes []schema.Accepted) (lifecycle, *schema.Refusal) {
+	next := *l
+	if next.status == schema.Status_STATUS_UNSPECIFIED {
+		next.begin(kind)
+	}
+	for i := range envelopes {
+		e := &envelopes[i]
+		if refusal := next.decide(id, e.Kind, e.Payload); refusal != nil {
+			return *l, refusal
+		}
+		next.fold(head+uint64(i)+1, e.Kind, e.Payload)
+	}
+	return next, nil
+}
+
 // moves reports whether an envelope of this kind may move a session that has begun and not ended. The others need no decision, and no decoding.
 func moves(kind schema.Kind) bool {
 	switch kind {

@@ -16,8 +16,9 @@ import (
 	"tidemark/schema"
 )
 
-// MemoryLog is the model of [Log]: sessions as slices in memory, every rule in its plainest form, nothing shared with [JetStreamLog] but what followers are made of. It is what the
-// tests compare the other log with, and what the packages above test on. It keeps everything until it is deleted or truncated, so it is no log for a server.
+// MemoryLog is the model of [Log]: sessions as slices in memory, every rule in its plainest form, nothing shared with [JetStreamLog] but what followers are made of, the
+// lifecycle, and which progress may wait and takes whose place. It is what the tests compare the other log with, and what the packages above test on; where both share a rule, the comparison proves nothing of
+// it: the transcripts in testdata/lifecycle and the progress tests of logtest do. It keeps everything until it is deleted or truncated, so it is no log for a server.
 //
 // All methods may be called concurrently.
 type MemoryLog struct {
@@ -152,16 +153,9 @@ func (l *MemoryLog) publish(id schema.SessionID, s *Submission) (Receipt, error)
 	if err := m.checkProducers(id, s.Envelopes); err != nil {
 		return Receipt{}, err
 	}
-	// On a copy: all of them may come, or none is stored.
-	life := m.life
-	if m.head() == 0 {
-		life.begin(s.Kind)
-	}
-	for i, e := range s.Envelopes {
-		if refusal := life.decide(id, e.Kind, e.Payload); refusal != nil {
-			return Receipt{}, refusal
-		}
-		life.fold(m.head()+uint64(i)+1, e.Kind, e.Payload)
+	life, refusal := m.life.take(id, s.Kind, m.head(), s.Envelopes)
+	if refusal != nil {
+		return Receipt{}, refusal
 	}
 	m.life = life
 	m.store(s.Envelopes, time.Now())
