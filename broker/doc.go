@@ -12,6 +12,10 @@
 //	I6 fenced                        the loser of a race reads the winner's frame and decides anew
 //	I8 everything is bounded         queues, the tail, pages in the making: in count and bytes
 //
+// What a session may take next its lifecycle decides (lifecycle.go): a fold of its envelopes, without a clock or a socket, which the appender asks and the projector repeats. How often a run's progress is
+// stored the appender's queue decides (progress.go): about once a second, and before anything else that comes. How many connections a user has to a session, over all edges, the bucket PRESENCE counts
+// (presence.go, presence_bucket.go): nothing there is in the log, or outlives the connections.
+//
 // What it does not do: parse what clients send (package schema does), know transports, or check rights (the gateway does).
 //
 // Cancellation: a function returns when its context ends, with the context's error. What was submitted to an appender goes on being stored; only the

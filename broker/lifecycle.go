@@ -26,7 +26,7 @@ import (
 type lifecycle struct {
 	kind   schema.SessionKind
 	status schema.Status
-	// run is the name of the run under way; empty where there is none, or it has no name. In a session that has ended it is the last one's.
+	// run is the name of the run under way, or of the one that a workflow ended with; empty where it has no name, and where there is none, as in a chat between its runs and after them.
 	run string
 	// prompt is the seq of the open question; 0 for none.
 	prompt uint64

@@ -350,7 +350,7 @@ type SessionState struct {
 	Status    Status      `protobuf:"varint,5,opt,name=status,proto3,enum=tidemark.v1.Status" json:"status,omitempty"`
 	// The seq of the open question; 0 for none.
 	PromptSeq uint64 `protobuf:"varint,6,opt,name=prompt_seq,json=promptSeq,proto3" json:"prompt_seq,omitempty"`
-	// The current or last run.
+	// The run under way, or the one that a workflow ended with. Empty where it has no name, and where there is none, as in a chat between its runs and after them.
 	RunId     string                 `protobuf:"bytes,7,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
 	Producers []*ProducerState       `protobuf:"bytes,8,rep,name=producers,proto3" json:"producers,omitempty"`
 	Created   *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=created,proto3" json:"created,omitempty"`
