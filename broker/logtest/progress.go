@@ -122,14 +122,11 @@ func testProgressOnlyAlone(w *world) {
 	head := uint64(1)
 	for range 3 {
 		for i, s := range []broker.Submission{
-			one(ProducedProgress("p", 1, head)),
+			one(ProducedProgress(fmt.Sprint("p", head), 1, 1)),
 			{Envelopes: []schema.Accepted{Progress("a"), Progress("b")}},
 			{Envelopes: []schema.Accepted{Progress("on top"), Token("m", "x")}},
 			{Envelopes: []schema.Accepted{Progress("on top")}, Expected: &head},
 		} {
-			if i == 0 {
-				s = one(ProducedProgress(fmt.Sprint("p", head), 1, 1))
-			}
 			r := w.soon(fmt.Sprint("publish ", i), w.submit(s))
 			if r.First != head+1 || r.Replaced {
 				w.Fatalf("publish %d went to %+v behind %d", i, r, head)
