@@ -104,23 +104,6 @@ func (e *Edge) boot() {
 	e.WaitReady()
 }
 
-// Loopback serves the edge's HTTP port on a socket of this machine, too, until the world ends, and returns its address. It is for worlds outside a bubble.
-func (e *Edge) Loopback() string {
-	e.w.t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	e.w.must(err)
-	server := &http.Server{Handler: e.sockets.Handler()}
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(l) }()
-	e.w.closers = append(e.w.closers, func() {
-		_ = server.Close()
-		if err := <-served; !errors.Is(err, http.ErrServerClosed) {
-			e.w.t.Errorf("%s: %v", e.Name, err)
-		}
-	})
-	return l.Addr().String()
-}
-
 // Edge is the i-th edge that was started, from 0.
 func (w *World) Edge(i int) *Edge { return w.edges[i] }
 

@@ -135,7 +135,7 @@ func (x *offender) closed(c *websocket.Conn, code schema.Code, framed bool) erro
 	}
 }
 
-// upgraded is the error of an upgrade that should have been refused so.
+// wantUpgrade wants that an upgrade was refused so; nil where it was.
 func wantUpgrade(err error, want string) error {
 	if err == nil || err.Error() != want {
 		return fmt.Errorf("the upgrade should be refused with %s: %w", want, err)
@@ -308,6 +308,23 @@ func violators() []violator {
 	}
 }
 
+// listenTCP serves the edge's HTTP port on a TCP socket of this machine, too, until the world ends, and returns its address. It is for worlds outside a bubble.
+func (e *Edge) listenTCP() string {
+	e.w.t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	e.w.must(err)
+	server := &http.Server{Handler: e.sockets.Handler()}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	e.w.closers = append(e.w.closers, func() {
+		_ = server.Close()
+		if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+			e.w.t.Errorf("%s: %v", e.Name, err)
+		}
+	})
+	return l.Addr().String()
+}
+
 // goodSession is one over the edge that is violated: somebody publishes a token every few milliseconds, and somebody else follows. What it measures is the time from before a token is sent to
 // after it has come.
 type goodSession struct {
@@ -424,7 +441,7 @@ func TestViolatorsCostOnlyThemselves(t *testing.T) {
 		},
 	})
 	e := w.Edge(0)
-	addr := e.Loopback()
+	addr := e.listenTCP()
 	history := w.Join(e, ProtoSocket, longSession)
 	for range historyInBytes / (100 * pieceInBytes) {
 		var some []*schema.Envelope

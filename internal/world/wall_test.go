@@ -37,7 +37,7 @@ type attempt struct {
 	name string
 	// refused is the word of the code that it must be refused with. Empty: it is answered, as if the victim's tenant did not exist.
 	refused string
-	try     func(x *Intruder, target string)
+	try     func(x *intruder, target string)
 }
 
 // wall is two tenants, and what the victim's looks like from inside.
@@ -146,7 +146,7 @@ func (v *wall) make(a attempt) (said, wrong string) {
 	v.attempts++
 	var answers [2]string
 	for i, target := range []string{existing, absent} {
-		x := v.w.NewIntruder(v.w.Edge(v.attempts % 2))
+		x := v.w.newIntruder(v.w.Edge(v.attempts % 2))
 		a.try(x, target)
 		said := x.Said()
 		answers[i] = alike(x.sorted(), target[len("harbour-"):])
@@ -188,7 +188,7 @@ func (v *wall) all(attempts []attempt) {
 	v.t.Logf("%d attempts", v.attempts)
 }
 
-// token mints a token of any tenant.
+// tokenOf mints a token of any tenant.
 func (w *World) tokenOf(tenant, subject string, role schema.Role, sessions ...string) string {
 	w.t.Helper()
 	t, err := auth.Mint(secret, auth.Principal{Subject: subject, Tenant: tenant, Role: role, Sessions: sessions}, 365*24*time.Hour)
@@ -225,7 +225,7 @@ type entry struct {
 	code string
 	// text: the name must be UTF-8, because the entry cannot say another.
 	text bool
-	try  func(x *Intruder, token, name string)
+	try  func(x *intruder, token, name string)
 }
 
 // entries are those that lead to a session by its name.
@@ -235,7 +235,7 @@ func entries() []entry {
 	after := func(name string) *schema.Attach {
 		return &schema.Attach{Channel: 1, Session: name, Start: &schema.Attach_AfterSeq{AfterSeq: stored - 1}}
 	}
-	post := func(x *Intruder, token, method, contentType string, body []byte) {
+	post := func(x *intruder, token, method, contentType string, body []byte) {
 		h := bearer(token)
 		h.Set("Content-Type", contentType)
 		h.Set("Connect-Protocol-Version", "1")
@@ -243,61 +243,61 @@ func entries() []entry {
 	}
 	quoted := func(m proto.Message) []byte { return []byte(protojson.Format(m)) }
 	return []entry{
-		{"GetSession", unknown, true, func(x *Intruder, token, name string) {
+		{"GetSession", unknown, true, func(x *intruder, token, name string) {
 			x.Call(token, "GetSession", &schema.GetSessionRequest{Session: name}, new(schema.GetSessionResponse))
 		}},
-		{"DeleteSession", unknown, true, func(x *Intruder, token, name string) {
+		{"DeleteSession", unknown, true, func(x *intruder, token, name string) {
 			x.Call(token, "DeleteSession", &schema.DeleteSessionRequest{Session: name}, new(schema.DeleteSessionResponse))
 		}},
-		{"Append", "conflict", true, func(x *Intruder, token, name string) {
+		{"Append", "conflict", true, func(x *intruder, token, name string) {
 			p := atHead(name)
 			x.Call(token, "Append", &schema.AppendRequest{Session: name, ExpectedSeq: p.ExpectedSeq, Envelopes: p.GetEnvelopes()}, new(schema.AppendResponse))
 		}},
-		{"AppendStream", "conflict", true, func(x *Intruder, token, name string) {
+		{"AppendStream", "conflict", true, func(x *intruder, token, name string) {
 			p := atHead(name)
 			p.PublishId = 1
 			x.Stream(token, "AppendStream", false, p)
 		}},
-		{"Follow", unknown, true, func(x *Intruder, token, name string) {
+		{"Follow", unknown, true, func(x *intruder, token, name string) {
 			x.Stream(token, "Follow", true, &schema.Attach{Session: name, MustExist: true})
 		}},
-		{"Connect: attach", "seq_beyond_head", true, func(x *Intruder, token, name string) {
+		{"Connect: attach", "seq_beyond_head", true, func(x *intruder, token, name string) {
 			x.Stream(token, "Connect", false, attachFrame(after(name)))
 		}},
-		{"binary socket: attach", unknown, true, func(x *Intruder, token, name string) {
+		{"binary socket: attach", unknown, true, func(x *intruder, token, name string) {
 			x.Socket("/v1/connect", bearer(token), []string{"tidemark.v1.proto"}, attachFrame(&schema.Attach{Channel: 1, Session: name, MustExist: true, Start: &schema.Attach_Last{Last: 2}}))
 		}},
-		{"binary socket: publish", "conflict", true, func(x *Intruder, token, name string) {
+		{"binary socket: publish", "conflict", true, func(x *intruder, token, name string) {
 			x.Socket("/v1/connect", bearer(token), []string{"tidemark.v1.proto"}, publishFrame(atHead(name)))
 		}},
-		{"JSON socket: attach", unknown, true, func(x *Intruder, token, name string) {
+		{"JSON socket: attach", unknown, true, func(x *intruder, token, name string) {
 			x.Socket("/v1/connect", bearer(token), []string{"tidemark.v1.json"},
 				jsonFrame(attachFrame(&schema.Attach{Channel: 1, Session: name, MustExist: true, Start: &schema.Attach_Since{Since: timestamppb.New(time.Unix(0, 0))}})))
 		}},
-		{"JSON socket: publish", "conflict", true, func(x *Intruder, token, name string) {
+		{"JSON socket: publish", "conflict", true, func(x *intruder, token, name string) {
 			x.Socket("/v1/connect", bearer(token), []string{"tidemark.v1.json"}, jsonFrame(publishFrame(atHead(name))))
 		}},
-		{"session socket", "seq_beyond_head", false, func(x *Intruder, token, name string) {
+		{"session socket", "seq_beyond_head", false, func(x *intruder, token, name string) {
 			x.Socket("/ws?lastSeq="+fmt.Sprint(stored-1)+"&sessionName="+url.QueryEscape(name), bearer(token), nil)
 		}},
-		{"GetSession by Connect in JSON", unknown, true, func(x *Intruder, token, name string) {
+		{"GetSession by Connect in JSON", unknown, true, func(x *intruder, token, name string) {
 			post(x, token, "GetSession", "application/json", quoted(&schema.GetSessionRequest{Session: name}))
 		}},
-		{"Append by Connect in JSON", "conflict", true, func(x *Intruder, token, name string) {
+		{"Append by Connect in JSON", "conflict", true, func(x *intruder, token, name string) {
 			p := atHead(name)
 			post(x, token, "Append", "application/json", quoted(&schema.AppendRequest{Session: name, ExpectedSeq: p.ExpectedSeq, Envelopes: p.GetEnvelopes()}))
 		}},
-		{"DeleteSession by gRPC-Web", unknown, true, func(x *Intruder, token, name string) {
+		{"DeleteSession by gRPC-Web", unknown, true, func(x *intruder, token, name string) {
 			b, err := proto.Marshal(&schema.DeleteSessionRequest{Session: name})
 			x.w.must(err)
 			post(x, token, "DeleteSession", "application/grpc-web+proto", enveloped(b))
 		}},
-		{"Follow by gRPC-Web", unknown, true, func(x *Intruder, token, name string) {
+		{"Follow by gRPC-Web", unknown, true, func(x *intruder, token, name string) {
 			b, err := proto.Marshal(&schema.Attach{Session: name, MustExist: true})
 			x.w.must(err)
 			post(x, token, "Follow", "application/grpc-web+proto", enveloped(b))
 		}},
-		{"Follow by Connect in JSON", unknown, true, func(x *Intruder, token, name string) {
+		{"Follow by Connect in JSON", unknown, true, func(x *intruder, token, name string) {
 			post(x, token, "Follow", "application/connect+json", enveloped(quoted(&schema.Attach{Session: name, MustExist: true})))
 		}},
 	}
@@ -383,7 +383,7 @@ func TestI9_NamesOfAnotherTenantsSessions(t *testing.T) {
 						continue
 					}
 				}
-				all = append(all, attempt{d.name + " by " + e.name, code, func(x *Intruder, target string) { e.try(x, token, d.of(target)) }})
+				all = append(all, attempt{d.name + " by " + e.name, code, func(x *intruder, target string) { e.try(x, token, d.of(target)) }})
 			}
 		}
 		w.inside().all(all)
@@ -416,13 +416,13 @@ func TestI9_PatternsThatDoNotReach(t *testing.T) {
 			{"commas", func(s string) []string { return []string{"a," + s, "*,a"} }},
 		} {
 			for _, e := range entries() {
-				all = append(all, attempt{p.name + " by " + e.name, "forbidden", func(x *Intruder, target string) {
+				all = append(all, attempt{p.name + " by " + e.name, "forbidden", func(x *intruder, target string) {
 					e.try(x, w.tokenOf("", "intruder", schema.Role_ROLE_ADMIN, p.of(target)...), target)
 				}})
 			}
-			all = append(all, attempt{p.name + ": create", "forbidden", func(x *Intruder, target string) {
+			all = append(all, attempt{p.name + ": create", "forbidden", func(x *intruder, target string) {
 				x.Call(w.tokenOf("", "intruder", schema.Role_ROLE_ADMIN, p.of(target)...), "CreateSession", &schema.CreateSessionRequest{Session: target}, new(schema.CreateSessionResponse))
-			}}, attempt{p.name + ": list", "", func(x *Intruder, target string) {
+			}}, attempt{p.name + ": list", "", func(x *intruder, target string) {
 				for _, size := range []uint32{0, 1, 2} {
 					x.Call(w.tokenOf("", "intruder", schema.Role_ROLE_ADMIN, p.of(target)...), "ListSessions", &schema.ListSessionsRequest{Prefix: target, PageSize: size}, new(schema.ListSessionsResponse))
 				}
@@ -439,7 +439,7 @@ func TestI9_TheWallIsSeenToBreak(t *testing.T) {
 			Run(t, Config{}, func(w *World) {
 				v := w.inside()
 				token := w.Token(schema.Role_ROLE_ADMIN, "*")
-				said, wrong := v.make(attempt{e.name, e.code, func(x *Intruder, target string) { e.try(x, token, target) }})
+				said, wrong := v.make(attempt{e.name, e.code, func(x *intruder, target string) { e.try(x, token, target) }})
 				if wrong == "" {
 					t.Errorf("nobody noticed:\n%s", said)
 				}

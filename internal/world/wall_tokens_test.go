@@ -132,29 +132,29 @@ func TestI9_ForgedTokens(t *testing.T) {
 	ws := func(target string) string { return "/ws?sessionName=" + url.QueryEscape(target) }
 	places := []struct {
 		name string
-		try  func(x *Intruder, token, target string)
+		try  func(x *intruder, token, target string)
 	}{
-		{"the header", func(x *Intruder, token, target string) { x.Socket(ws(target), bearer(token), nil) }},
-		{"the query", func(x *Intruder, token, target string) {
+		{"the header", func(x *intruder, token, target string) { x.Socket(ws(target), bearer(token), nil) }},
+		{"the query", func(x *intruder, token, target string) {
 			x.Socket(ws(target)+"&token="+url.QueryEscape(token), nil, nil)
 		}},
-		{"the query of the multiplexed socket", func(x *Intruder, token, target string) {
+		{"the query of the multiplexed socket", func(x *intruder, token, target string) {
 			if token == "" {
 				token = "-"
 			}
 			x.Socket("/v1/connect?token="+url.QueryEscape(token), nil, []string{"tidemark.v1.json"}, attach(target))
 		}},
-		{"the subprotocol", func(x *Intruder, token, target string) { x.Socket(ws(target), nil, []string{"bearer." + token}) }},
-		{"hello", func(x *Intruder, token, target string) {
+		{"the subprotocol", func(x *intruder, token, target string) { x.Socket(ws(target), nil, []string{"bearer." + token}) }},
+		{"hello", func(x *intruder, token, target string) {
 			x.Socket("/v1/connect", nil, []string{"tidemark.v1.json"}, jsonFrame(&schema.ClientFrame{Frame: &schema.ClientFrame_Hello{Hello: &schema.Hello{Token: token}}}), attach(target))
 		}},
-		{"hello over gRPC", func(x *Intruder, token, target string) {
+		{"hello over gRPC", func(x *intruder, token, target string) {
 			x.Stream("", "Connect", false, &schema.ClientFrame{Frame: &schema.ClientFrame_Hello{Hello: &schema.Hello{Token: token}}}, attachFrame(&schema.Attach{Channel: 1, Session: target}))
 		}},
-		{"a call", func(x *Intruder, token, target string) {
+		{"a call", func(x *intruder, token, target string) {
 			x.Call(token, "GetSession", &schema.GetSessionRequest{Session: target}, new(schema.GetSessionResponse))
 		}},
-		{"a call by Connect", func(x *Intruder, token, target string) {
+		{"a call by Connect", func(x *intruder, token, target string) {
 			h := bearer(token)
 			h.Set("Content-Type", "application/json")
 			x.HTTP(".grpc", http.MethodPost, "/tidemark.v1.SessionService/DeleteSession", h, []byte(`{"session":"`+target+`"}`))
@@ -166,14 +166,14 @@ func TestI9_ForgedTokens(t *testing.T) {
 		for _, name := range slices.Sorted(maps.Keys(forgeries())) {
 			token := forgeries()[name]
 			for _, p := range places {
-				all = append(all, attempt{name + " in " + p.name, "unauthenticated", func(x *Intruder, target string) { p.try(x, token, target) }})
+				all = append(all, attempt{name + " in " + p.name, "unauthenticated", func(x *intruder, target string) { p.try(x, token, target) }})
 			}
 		}
 		v.all(all)
 		// What is wrong with them is what they say: one that says all of it right is believed in each of these places.
 		for _, p := range places {
 			token := sign(map[string]any{"alg": "HS256"}, claims(nil), secret, sha256.New)
-			said, wrong := v.make(attempt{p.name, "", func(x *Intruder, target string) { p.try(x, token, target) }})
+			said, wrong := v.make(attempt{p.name, "", func(x *intruder, target string) { p.try(x, token, target) }})
 			if wrong == "" {
 				t.Errorf("a good token in %s opens nothing:\n%s", p.name, said)
 			}

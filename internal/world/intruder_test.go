@@ -25,8 +25,8 @@ import (
 	"tidemark/schema"
 )
 
-// Intruder is a client that tries what it may not. It writes down all that it is answered, every code, header and byte, so that the answers to two attempts can be compared. Its verbs belong to one goroutine.
-type Intruder struct {
+// intruder is a client that tries what it may not. It writes down all that it is answered, every code, header and byte, so that the answers to two attempts can be compared. Its verbs belong to one goroutine.
+type intruder struct {
 	w *World
 	e *Edge
 
@@ -40,10 +40,10 @@ type Intruder struct {
 // quiet is how long an intruder waits for more. In a bubble that is until nothing more can come.
 const quiet = 50 * time.Millisecond
 
-// NewIntruder makes an intruder who goes to this edge.
-func (w *World) NewIntruder(e *Edge) *Intruder { return &Intruder{w: w, e: e} }
+// newIntruder makes an intruder who goes to this edge.
+func (w *World) newIntruder(e *Edge) *intruder { return &intruder{w: w, e: e} }
 
-func (x *Intruder) note(format string, args ...any) {
+func (x *intruder) note(format string, args ...any) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if !x.deaf {
@@ -52,10 +52,10 @@ func (x *Intruder) note(format string, args ...any) {
 }
 
 // Knows says that the intruder knows something already and says it himself, so that to be told it again is no news.
-func (x *Intruder) Knows(what string) { x.knows = append(x.knows, what) }
+func (x *intruder) Knows(what string) { x.knows = append(x.knows, what) }
 
 // news is an answer without what the intruder knew.
-func (x *Intruder) news(said string) string {
+func (x *intruder) news(said string) string {
 	said = plain(said)
 	for _, known := range x.knows {
 		said = strings.ReplaceAll(said, known, "KNOWN")
@@ -64,21 +64,21 @@ func (x *Intruder) news(said string) string {
 }
 
 // Said is everything that was answered.
-func (x *Intruder) Said() string {
+func (x *intruder) Said() string {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return strings.Join(x.said, "")
 }
 
 // sorted is everything that was answered, in an order that does not say which of two frames came first: an acknowledgement and the event of it go their own ways.
-func (x *Intruder) sorted() string {
+func (x *intruder) sorted() string {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return strings.Join(slices.Sorted(slices.Values(x.said)), "")
 }
 
 // HTTP makes a request at a port of the edge, ".http" or ".grpc", as a page or curl does. The target is taken as it is: nothing cleans it up.
-func (x *Intruder) HTTP(port, method, target string, h http.Header, body []byte) {
+func (x *intruder) HTTP(port, method, target string, h http.Header, body []byte) {
 	ctx, cancel := context.WithTimeout(x.w.t.Context(), patience)
 	defer cancel()
 	p := path{net: x.w.net, addr: x.e.Name + port}
@@ -102,7 +102,7 @@ func (x *Intruder) HTTP(port, method, target string, h http.Header, body []byte)
 }
 
 // response writes down an answer of HTTP, with every header but the clock's and those that say how it was cut into pieces.
-func (x *Intruder) response(res *http.Response, body []byte) {
+func (x *intruder) response(res *http.Response, body []byte) {
 	x.note("HTTP %d", res.StatusCode)
 	for _, h := range []http.Header{res.Header, res.Trailer} {
 		var names []string
@@ -121,7 +121,7 @@ func (x *Intruder) response(res *http.Response, body []byte) {
 
 // Socket makes a WebSocket, says the messages one after the other, waiting each time until nothing more is answered, and leaves. A message is a text, a [*schema.ClientFrame] for a binary one, or a func
 // to be called in between.
-func (x *Intruder) Socket(target string, h http.Header, subprotocols []string, messages ...any) {
+func (x *intruder) Socket(target string, h http.Header, subprotocols []string, messages ...any) {
 	ctx, cancel := context.WithTimeout(x.w.t.Context(), patience)
 	defer cancel()
 	p := path{net: x.w.net, addr: x.e.Name + ".http"}
@@ -173,7 +173,7 @@ func frame(b []byte) (string, error) {
 }
 
 // converse says messages and writes down what is heard.
-func (x *Intruder) converse(messages []any, say func(any) error, hear func() (string, error), end func(error) string, leave func()) {
+func (x *intruder) converse(messages []any, say func(any) error, hear func() (string, error), end func(error) string, leave func()) {
 	var hearing sync.WaitGroup
 	hearing.Go(func() {
 		for {
@@ -205,7 +205,7 @@ func (x *Intruder) converse(messages []any, say func(any) error, hear func() (st
 }
 
 // Call makes a gRPC call that is answered once.
-func (x *Intruder) Call(token, method string, req, res proto.Message) {
+func (x *intruder) Call(token, method string, req, res proto.Message) {
 	c := newCalls(path{net: x.w.net, addr: x.e.Name + ".grpc"}, token)
 	defer c.drop()
 	x.w.must(c.err)
@@ -222,7 +222,7 @@ func (x *Intruder) Call(token, method string, req, res proto.Message) {
 }
 
 // Stream opens a gRPC stream and says the messages as Socket does.
-func (x *Intruder) Stream(token, method string, follows bool, messages ...any) {
+func (x *intruder) Stream(token, method string, follows bool, messages ...any) {
 	c := newCalls(path{net: x.w.net, addr: x.e.Name + ".grpc"}, token)
 	defer c.drop()
 	ctx, cancel := context.WithTimeout(x.w.t.Context(), patience)
@@ -253,7 +253,7 @@ func (x *Intruder) Stream(token, method string, follows bool, messages ...any) {
 	}, c.drop)
 }
 
-func (x *Intruder) status(err error) {
+func (x *intruder) status(err error) {
 	s, _ := status.FromError(err)
 	if f, ok := errors.AsType[*failedCall](err); ok {
 		s, _ = status.FromError(f.err)
