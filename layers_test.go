@@ -29,6 +29,7 @@ var own = []law{
 	{"internal/client", "schema", "it knows of an edge what the protocol says"},
 	{"internal/recording", "schema", "it says in our words what providers streamed"},
 	{"internal/demo", "broker internal/auth internal/client internal/natsd internal/recording schema", "it starts edges as processes, so that it can kill them"},
+	{"internal/doctable", "", "it reads our pages for tests, whatever they compare them with"},
 	{"internal/world", "*", "the test world boots everything"},
 	{".", "*", "the binary puts everything together"},
 }

@@ -4,46 +4,28 @@ import (
 	"encoding/json"
 	"maps"
 	"net/http/httptest"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
+	"tidemark/internal/doctable"
 	"tidemark/schema"
 )
 
-// sessionSection reads the tables in PROTOCOL.md's section on the session socket, by the first cell of their headings.
+// sessionSection reads the tables in PROTOCOL.md's section on the session socket, by the first cell of their heads.
 func sessionSection(t *testing.T) map[string][][]string {
 	t.Helper()
-	text, err := os.ReadFile("../PROTOCOL.md")
+	tables, err := doctable.Tables("../PROTOCOL.md", "The session socket")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, _ := strings.Cut(string(text), "\n## The session socket\n")
-	section, _, _ = strings.Cut(section, "\n## ")
-	tables := map[string][][]string{}
-	name := ""
-	for line := range strings.Lines(section) {
-		line = strings.TrimSpace(line)
-		switch {
-		case !strings.HasPrefix(line, "|"):
-			name = ""
-		case strings.HasPrefix(line, "|--"):
-		default:
-			var cells []string
-			for cell := range strings.SplitSeq(strings.Trim(line, "|"), "|") {
-				cells = append(cells, strings.TrimSpace(cell))
-			}
-			if name == "" {
-				name = cells[0]
-			} else {
-				tables[name] = append(tables[name], cells)
-			}
-		}
+	rows := map[string][][]string{}
+	for _, table := range tables {
+		rows[table.Head[0]] = append(rows[table.Head[0]], table.Rows...)
 	}
-	return tables
+	return rows
 }
 
 // words are the words in backquotes.

@@ -1,38 +1,31 @@
 package schema
 
 import (
-	"os"
 	"strconv"
 	"strings"
 	"testing"
 
 	"google.golang.org/protobuf/proto"
+
+	"tidemark/internal/doctable"
 )
 
-// protocolTables reads the tables of PROTOCOL.md: for each "## heading" its tables' rows, as cells without backquotes.
-func protocolTables(t *testing.T) map[string][][]string {
+// protocolTables reads the tables of a section of PROTOCOL.md as the rows of all of them, without their heads and backquotes.
+func protocolTables(t *testing.T, section string) (rows [][]string) {
 	t.Helper()
-	text, err := os.ReadFile("../PROTOCOL.md")
+	tables, err := doctable.Tables("../PROTOCOL.md", section)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tables := map[string][][]string{}
-	heading := ""
-	for line := range strings.Lines(string(text)) {
-		line = strings.TrimSpace(line)
-		if h, ok := strings.CutPrefix(line, "## "); ok {
-			heading = h
+	for _, table := range tables {
+		for _, r := range table.Rows {
+			for i := range r {
+				r[i] = doctable.Plain(r[i])
+			}
+			rows = append(rows, r)
 		}
-		if !strings.HasPrefix(line, "| ") {
-			continue
-		}
-		var cells []string
-		for cell := range strings.SplitSeq(strings.Trim(line, "|"), " | ") {
-			cells = append(cells, strings.ReplaceAll(strings.TrimSpace(cell), "`", ""))
-		}
-		tables[heading] = append(tables[heading], cells)
 	}
-	return tables
+	return rows
 }
 
 func TestProtocolCodes(t *testing.T) {
@@ -40,7 +33,7 @@ func TestProtocolCodes(t *testing.T) {
 		Reconnect_RECONNECT_NO: "no", Reconnect_RECONNECT_SAME_CURSOR: "same cursor", Reconnect_RECONNECT_BEGINNING: "beginning",
 	}
 	rows := map[string][]string{}
-	for _, r := range protocolTables(t)["Codes"][1:] {
+	for _, r := range protocolTables(t, "Codes") {
 		rows[r[0]] = r
 	}
 	for c, rule := range rules {
@@ -64,7 +57,7 @@ func TestProtocolCodes(t *testing.T) {
 
 func TestProtocolLimits(t *testing.T) {
 	limits := []int{MaxNameBytes, MaxEnvelopeBytes, MaxFrameBytes, MaxPublishEnvelopes, MaxIDBytes, MaxProducerIDBytes, MaxAttachTypes, MaxAttachedSessions, MaxPromptOptions, MaxPromptOptionBytes, MaxSessionMetadataBytes}
-	rows := protocolTables(t)["Limits"][1:]
+	rows := protocolTables(t, "Limits")
 	if len(rows) != len(limits) {
 		t.Fatalf("PROTOCOL.md has %d limits, the code %d", len(rows), len(limits))
 	}
@@ -77,11 +70,9 @@ func TestProtocolLimits(t *testing.T) {
 
 func TestProtocolFrames(t *testing.T) {
 	rows := map[string]bool{}
-	for _, r := range protocolTables(t)["A multiplexed connection"] {
+	for _, r := range protocolTables(t, "A multiplexed connection") {
 		rows[r[0]] = true
 	}
-	delete(rows, "client frame")
-	delete(rows, "server frame")
 	for _, m := range []proto.Message{&ClientFrame{}, &ServerFrame{}} {
 		fields := m.ProtoReflect().Descriptor().Oneofs().ByName("frame").Fields()
 		for i := range fields.Len() {
@@ -99,7 +90,7 @@ func TestProtocolFrames(t *testing.T) {
 
 func TestProtocolTypes(t *testing.T) {
 	rows := map[string]string{}
-	for _, r := range protocolTables(t)["Payload types"][1:] {
+	for _, r := range protocolTables(t, "Payload types") {
 		rows[r[1]] = r[0]
 	}
 	fields := (&Envelope{}).ProtoReflect().Descriptor().Oneofs().ByName("payload").Fields()

@@ -1,9 +1,7 @@
 package gateway
 
 import (
-	"bytes"
 	"encoding/json"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"tidemark/internal/auth"
+	"tidemark/internal/doctable"
 	"tidemark/schema"
 )
 
@@ -209,56 +208,35 @@ func TestAuthorize(t *testing.T) {
 // rightsInProtocol reads the tables of PROTOCOL.md's section Rights: their first columns name the verbs and the types, the others are roles.
 func rightsInProtocol(t *testing.T) (byVerb, byType map[schema.Role]map[string]bool) {
 	t.Helper()
-	text, err := os.ReadFile("../../PROTOCOL.md")
+	tables, err := doctable.Tables("../../PROTOCOL.md", "Rights")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, text, ok := bytes.Cut(text, []byte("\n## Rights\n"))
-	if !ok {
-		t.Fatal("PROTOCOL.md has no section Rights")
-	}
-	text, _, _ = bytes.Cut(text, []byte("\n## "))
 	byVerb, byType = map[schema.Role]map[string]bool{}, map[schema.Role]map[string]bool{}
 	for _, role := range roles {
 		byVerb[role], byType[role] = map[string]bool{}, map[string]bool{}
 	}
-	var columns []schema.Role
-	var into map[schema.Role]map[string]bool
 	rows := 0
-	for line := range strings.Lines(string(text)) {
-		line = strings.TrimSpace(line)
-		if !strings.HasPrefix(line, "|") || strings.HasPrefix(line, "|-") {
-			continue
+	for _, table := range tables {
+		into := map[string]map[schema.Role]map[string]bool{"may": byVerb, "type": byType}[table.Head[0]]
+		if into == nil {
+			t.Fatalf("a table begins with %q", table.Head[0])
 		}
-		cells := strings.Split(strings.ReplaceAll(strings.Trim(line, "|"), "`", ""), "|")
-		for i := range cells {
-			cells[i] = strings.TrimSpace(cells[i])
-		}
-		switch cells[0] {
-		case "may":
-			into = byVerb
-		case "type":
-			into = byType
-		default:
-			rows++
-			if len(cells) != 1+len(columns) {
-				t.Errorf("the row %q has %d cells", line, len(cells))
-				continue
-			}
-			for i, role := range columns {
-				if cells[1+i] != "yes" && cells[1+i] != "" {
-					t.Errorf("the row %q has a cell that is neither yes nor empty", line)
-				}
-				into[role][cells[0]] = cells[1+i] == "yes"
-			}
-			continue
-		}
-		columns = nil
-		for _, word := range cells[1:] {
-			columns = append(columns, auth.ParseRole(word))
+		var columns []schema.Role
+		for _, word := range table.Head[1:] {
+			columns = append(columns, auth.ParseRole(doctable.Plain(word)))
 		}
 		if !slices.Equal(columns, roles) {
-			t.Fatalf("the columns of %q are not the roles", line)
+			t.Fatalf("the columns of %q are not the roles", table.Head)
+		}
+		for _, r := range table.Rows {
+			rows++
+			for i, role := range columns {
+				if r[1+i] != "yes" && r[1+i] != "" {
+					t.Errorf("the row %q has a cell that is neither yes nor empty", r)
+				}
+				into[role][doctable.Plain(r[0])] = r[1+i] == "yes"
+			}
 		}
 	}
 	if want := len(verbs) + len(schema.Kinds()); rows != want {
