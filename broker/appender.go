@@ -39,7 +39,7 @@ type appender struct {
 	queue   []*Submission // waiting for the next frame
 	count   int           // envelopes in the queue
 	size    int           // bytes in the queue
-	passing int           // submissions in the queue that are progress and may wait there
+	mayWait int           // submissions in the queue of which that is true
 	room    chan struct{} // closed when something left the queue; nil while nobody waits
 	more    chan struct{} // closed when something comes into the queue; nil while run does not wait for it
 	running bool
@@ -77,8 +77,8 @@ func (a *appender) submit(ctx context.Context, s *Submission) error {
 			a.queue = append(a.queue, s)
 			a.count += len(s.Envelopes)
 			a.size += s.size
-			if s.passing {
-				a.passing++
+			if s.mayWait {
+				a.mayWait++
 			}
 			if a.more != nil {
 				close(a.more)
@@ -115,12 +115,14 @@ func (a *appender) next() []*Submission {
 	for {
 		a.mu.Lock()
 		n, wait := len(a.queue), time.Duration(0)
-		if a.passing > 0 {
+		if a.mayWait > 0 {
 			until := a.queue[0].deadline
 			a.mu.Unlock()
 			a.learn(until)
 			a.mu.Lock()
-			n, wait = a.hold(time.Now())
+			now := time.Now()
+			settled, last := a.settle(now)
+			n, wait = ready(a.queue[:settled], last, now)
 		}
 		if n > 0 || wait == 0 {
 			batch := a.take(n)
@@ -150,8 +152,8 @@ func (a *appender) take(most int) []*Submission {
 		n++
 		count += len(s.Envelopes)
 		size += s.size
-		if s.passing {
-			a.passing--
+		if s.mayWait {
+			a.mayWait--
 		}
 	}
 	a.used = time.Now()

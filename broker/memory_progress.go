@@ -6,10 +6,10 @@ import (
 	"tidemark/schema"
 )
 
-// wait lets a passing submission wait, if its time has not come: alone, or in the place of the one that waits already. False where it is to be submitted at once. Called with mu held.
+// wait lets a submission wait that may, if its time has not come: alone, or in the place of the one that waits already. False where it is to be submitted at once. Called with mu held.
 func (l *MemoryLog) wait(id schema.SessionID, s *Submission, said *saying) bool {
 	m := l.sessions[id]
-	if !s.passing || m == nil || m.placeOf(&s.Envelopes[0]) != 0 {
+	if !s.mayWait || m == nil || m.placeOf(&s.Envelopes[0]) != 0 {
 		return false
 	}
 	alone := m.waiting == nil

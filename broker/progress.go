@@ -9,7 +9,7 @@ import (
 	"tidemark/schema"
 )
 
-// A run's progress is worth storing about once a second, whatever its agent sends (docs/adr/0006). A publish of one workflow_progress, without a producer and without an expected seq, is passing: it is stored at
+// A run's progress is worth storing about once a second, whatever its agent sends (docs/adr/0006). A publish of one workflow_progress, without a producer and without an expected seq, may wait: it is stored at
 // once where the session's last stored progress is a second old, and waits at the end of the queue otherwise. There a newer one takes its place, and is what the older is answered with. Anything else that is
 // submitted behind it, the end of the second, or the closing of the log stores it. Nothing else is ever held or replaced, and nothing ever changes places.
 
@@ -24,8 +24,8 @@ const (
 
 // throttle is the part of a [Submission] that is about waiting as progress. Owned by the appender once it is queued.
 type throttle struct {
-	// progress: it holds a workflow_progress. passing: it is nothing else, so that it may wait and be replaced. due: its time has come.
-	progress, passing, due bool
+	// progress: it holds a workflow_progress. mayWait: it is nothing else, so that it may wait and be replaced. due: its time has come.
+	progress, mayWait, due bool
 	// wait is nil where it did not have to.
 	wait *progressWait
 }
@@ -54,13 +54,13 @@ func (s *Submission) classify() {
 			s.progress = true
 		}
 	}
-	s.passing = s.progress && len(s.Envelopes) == 1 && s.Envelopes[0].Producer.ID == "" && s.Expected == nil && s.base == nil
+	s.mayWait = s.progress && len(s.Envelopes) == 1 && s.Envelopes[0].Producer.ID == "" && s.Expected == nil && s.base == nil
 }
 
-// waits reports whether it is passing and its time has not come.
-func (s *Submission) waits() bool { return s.passing && !s.due }
+// waits reports whether it may wait and its time has not come.
+func (s *Submission) waits() bool { return s.mayWait && !s.due }
 
-// delay lets a passing submission wait where progress was stored last at `last`, unless its time has come.
+// delay lets a submission that may wait do so where progress was stored last at `last`, unless its time has come.
 func (s *Submission) delay(last, now time.Time) {
 	s.due = now.Sub(last) >= progressEvery
 	switch {
@@ -71,7 +71,7 @@ func (s *Submission) delay(last, now time.Time) {
 	}
 }
 
-// replace lets the newer of two passing submissions answer for the older, which waits. The older stays where the newer is its retry.
+// replace lets the newer of two submissions that may wait answer for the older, which does. The older stays where the newer is its retry.
 func replace(older, newer *Submission) (stays, goes *Submission) {
 	stays, goes = newer, older
 	if newer.Envelopes[0].ID == older.Envelopes[0].ID {
@@ -96,66 +96,73 @@ func (s *Submission) answerReplaced(r Receipt, err error) {
 	s.wait.replaced = nil
 }
 
-// hold says how many of the queue's first submissions may be stored now; where that is none, how long the progress waits that is all there is. Called by run, with mu held, while there is a passing
-// submission in the queue.
-func (a *appender) hold(now time.Time) (n int, wait time.Duration) {
-	var last time.Time // when progress was stored last, or is about to be
+// settle goes through the queue once: what may wait takes the place of what waits right before it, and is due where its time has come or something else is behind it. settled is how many of the queue's first
+// are done with; the rest comes behind something that decides about it, and is settled once that is stored. last is when progress was stored last, or is about to be. Called by run, with mu held, while
+// something in the queue may wait.
+func (a *appender) settle(now time.Time) (settled int, last time.Time) {
 	if a.st != nil {
 		last = a.st.progressed
 	}
-	var kept []*Submission
 	var storing map[ulid.ULID]bool // the progress among kept whose time has come
+	store := func(s *Submission) {
+		if storing == nil {
+			storing = make(map[ulid.ULID]bool)
+		}
+		storing[s.Envelopes[0].ID], last = true, now
+	}
+	var kept []*Submission
 	for i, s := range a.queue {
-		var before *Submission
-		if n := len(kept); n > 0 && kept[n-1].waits() {
-			before = kept[n-1]
-		}
-		if s.passing && (storing[s.Envelopes[0].ID] || a.has(s)) {
+		if s.mayWait && (storing[s.Envelopes[0].ID] || a.has(s)) {
 			// A retry of what is stored is answered with its place, and takes nobody else's.
-			s.passing, s.progress = false, false
-			a.passing--
+			s.mayWait, s.progress = false, false
+			a.mayWait--
 		}
-		if before != nil && s.passing {
+		var before *Submission // what waits, with s right behind it
+		if end := len(kept); end > 0 && kept[end-1].waits() {
+			before = kept[end-1]
+		}
+		if before != nil && s.mayWait {
 			s = a.merge(before, s)
 			kept[len(kept)-1] = s
 		} else {
 			kept = append(kept, s)
 		}
-		if before != nil && !s.passing {
+		if before != nil && !s.mayWait {
 			// Something is behind it: it will be stored.
 			before.due = true
+			store(before)
 		}
 		if s.waits() {
 			s.delay(last, now)
 		}
-		for _, p := range []*Submission{before, s} {
-			if p != nil && p.passing && p.due {
-				if storing == nil {
-					storing = make(map[ulid.ULID]bool)
-				}
-				storing[p.Envelopes[0].ID], last = true, now
-			}
+		if s.mayWait && s.due {
+			store(s)
 		}
-		if s.tombstone || s.progress && !s.passing {
+		if s.tombstone || s.progress && !s.mayWait {
 			// What it comes to decides about the progress behind it.
-			n = len(kept)
 			a.queue = append(kept, a.queue[i+1:]...)
-			return n, 0
+			return len(kept), last
 		}
 	}
 	a.queue = kept
-	n = len(kept)
-	if at := kept[n-1]; at.waits() {
-		if a.log.isClosing() {
-			at.due = true
-			return n, 0
-		}
-		if n--; n == 0 && at.wait.epoch == "" {
-			at.wait.epoch = a.st.epoch
-		}
-		wait = min(last.Add(progressEvery).Sub(now), at.wait.until.Sub(now))
+	switch end := kept[len(kept)-1]; {
+	case !end.waits():
+	case a.log.isClosing():
+		end.due = true
+	case len(kept) == 1 && end.wait.epoch == "":
+		// There is a state: with nothing before it that is about to be stored, it waits only because of the time in the state.
+		end.wait.epoch = a.st.epoch
 	}
-	return n, wait
+	return len(kept), last
+}
+
+// ready says how many of the settled submissions may be stored now; where that is none, how long the progress waits that is all there is. last is settle's.
+func ready(settled []*Submission, last, now time.Time) (n int, wait time.Duration) {
+	n = len(settled)
+	if end := settled[n-1]; end.waits() {
+		return n - 1, min(last.Add(progressEvery).Sub(now), end.wait.until.Sub(now))
+	}
+	return n, 0
 }
 
 // has reports whether the submission's first envelope is stored, as far as the state knows.
@@ -170,7 +177,7 @@ func (a *appender) has(s *Submission) bool {
 // merge is replace for two submissions in the queue: there is one afterwards.
 func (a *appender) merge(older, newer *Submission) *Submission {
 	stays, goes := replace(older, newer)
-	a.passing--
+	a.mayWait--
 	a.count--
 	a.size -= goes.size
 	goes.release()
