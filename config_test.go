@@ -167,7 +167,7 @@ func TestTokenRoundTrip(t *testing.T) {
 		if r.err != "" || strings.Count(r.out, "\n") != 1 {
 			t.Errorf("token printed %q and %q", r.out, r.err)
 		}
-		p, err := v.Verify(strings.TrimSuffix(r.out, "\n"))
+		p, err := v.Verify(t.Context(), strings.TrimSuffix(r.out, "\n"))
 		if err != nil {
 			t.Fatal(err)
 		}

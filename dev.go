@@ -104,12 +104,7 @@ func (c *devCommand) start(p *process) error {
 		return err
 	}
 	// The keys of a JWKS are not waited for: without them the tokens that dev prints are good all the same.
-	p.settle(func() error {
-		if s := core.log.Status(); !s.Ready {
-			return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "%s", s.Reason)
-		}
-		return nil
-	})
+	p.settle(core.gateway.LogReady)
 	if p.ctx.Err() != nil {
 		return nil // it failed, or was stopped, before it was ready
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -93,45 +92,27 @@ func (f *secretFlags) secret(dataDir string) ([]byte, error) {
 	return secret, err
 }
 
-// keySource is a file or a URL, which may hold what is not for everybody's eyes.
-type keySource string
-
-// String is the source as it may be shown.
-func (s keySource) String() string {
-	if !strings.Contains(string(s), "://") {
-		return string(s)
-	}
-	u, err := url.Parse(string(s))
-	if err != nil {
-		return "(not a URL)"
-	}
-	if u.RawQuery != "" {
-		u.RawQuery = "xxxxx"
-	}
-	return u.Redacted()
-}
-
 // jwksFlags say whose tokens are believed beside those signed with the secret.
 type jwksFlags struct {
-	JWKS     keySource `name:"jwks" placeholder:"FILE|URL" help:"JWKS with the public keys of tokens signed with RS256, ES256 or EdDSA; read again when it changes."`
-	Issuer   string    `placeholder:"TEXT" help:"What 'iss' must be in tokens signed with a key of the JWKS. Default: anything."`
-	Audience string    `placeholder:"TEXT" help:"What 'aud' must hold in tokens signed with a key of the JWKS. Default: anything."`
+	JWKS     auth.Source `name:"jwks" placeholder:"FILE|URL" help:"JWKS with the public keys of tokens signed with RS256, ES256 or EdDSA; read again when it changes."`
+	Issuer   string      `placeholder:"TEXT" help:"What 'iss' must be in tokens signed with a key of the JWKS. Default: anything."`
+	Audience string      `placeholder:"TEXT" help:"What 'aud' must hold in tokens signed with a key of the JWKS. Default: anything."`
 }
 
 // check refuses as wrong usage what says nothing. It is not named Validate: kong would then find two of that name in dev, and call neither.
 func (f *jwksFlags) check() error {
-	switch scheme, _, isURL := strings.Cut(string(f.JWKS), "://"); {
-	case f.JWKS == "" && (f.Issuer != "" || f.Audience != ""):
+	if f.JWKS == "" && (f.Issuer != "" || f.Audience != "") {
 		return usage("--issuer and --audience are of tokens signed with keys of a JWKS; name it with --jwks")
-	case isURL && scheme != "https" && scheme != "http":
-		return usage("--jwks takes a file or a URL that begins with https:// or http://")
+	}
+	if err := f.JWKS.Check(); err != nil {
+		return usage("--jwks cannot be used: %w", err)
 	}
 	return nil
 }
 
 // beside says which tokens to believe: those that the flags name, and those signed with the secret, unless that is empty.
 func (f *jwksFlags) beside(secret []byte) auth.Config {
-	return auth.Config{Secret: secret, JWKS: string(f.JWKS), Issuer: f.Issuer, Audience: f.Audience}
+	return auth.Config{Secret: secret, JWKS: f.JWKS, Issuer: f.Issuer, Audience: f.Audience}
 }
 
 // tokenFlags are those of a process that is an edge alone.
@@ -186,10 +167,19 @@ func (f *limitFlags) limits() gateway.Limits {
 	}
 }
 
+// mostMB is the most memory that a flag can give, in MiB: more than machines have.
+const mostMB = 1 << 20
+
 // Validate is called by kong.
 func (f *edgeFlags) Validate() error {
 	if f.QueueMB < 1 || f.TailMB < 1 || f.MaxSocket < 1 {
 		return errors.New("--queue-mb, --tail-mb and --max-connections must be at least 1")
+	}
+	if f.QueueMB > mostMB || f.TailMB > mostMB || f.MaxInFlightMB > gateway.LargestInFlightBytes>>20 {
+		return fmt.Errorf("--queue-mb and --tail-mb can be at most %d, and --max-in-flight-mb at most %d", mostMB, gateway.LargestInFlightBytes>>20)
+	}
+	if max(f.MaxSocket, f.UserBurst, f.AgentBurst, f.UserConnections, f.MaxSessions) > gateway.Largest {
+		return fmt.Errorf("--max-connections, --user-burst, --agent-burst, --user-connections and --max-sessions can be at most %d", gateway.Largest)
 	}
 	if f.UserRate < 0 || f.AgentRate < 0 || f.UserConnections < 0 {
 		return errors.New("--user-rate, --agent-rate and --user-connections must be 0, for no bound, or more")
@@ -204,7 +194,7 @@ func (f *edgeFlags) Validate() error {
 type core struct {
 	log     *broker.JetStreamLog
 	gateway *gateway.Gateway
-	verify  func(token string) (*auth.Principal, error)
+	verify  func(ctx context.Context, token string) (*auth.Principal, error)
 	metrics *prometheus.Registry
 	// page and loopback are the WebSocket edge's; see [edgews.Config].
 	page, loopback bool
@@ -227,17 +217,21 @@ func (p *process) startCore(s broker.Server, f *edgeFlags, believed auth.Config,
 		defer close(over)
 		return v.Run(running)
 	})
-	p.onStop("reader of keys for tokens", closeWithin, func(context.Context) error {
+	p.onStop("reader of keys for tokens", closeWithin, func(ctx context.Context) error {
 		stop()
-		<-over
-		return nil
+		select {
+		case <-over:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	})
 	return c, nil
 }
 
 // bearers are whom a core serves: those whose tokens verify accepts.
 type bearers struct {
-	verify func(token string) (*auth.Principal, error)
+	verify func(ctx context.Context, token string) (*auth.Principal, error)
 	// ready is nil while it can judge them; nil itself where it always can.
 	ready func() error
 	// hello is how long a connection without a token has for its hello; 0 is the gateway's default.

@@ -41,6 +41,7 @@ func (c call[Req, Res]) run(ctx context.Context, e *Edge, protocol, token string
 		return res, nil
 	}
 	r := refusalOf(ctx, err)
+	e.cfg.Gateway.Refused(r.Code)
 	e.metrics.calls.WithLabelValues(c.method, protocol, r.Code.Word()).Inc()
 	level := slog.LevelDebug
 	if r.Code == schema.Code_CODE_INTERNAL {
@@ -51,7 +52,7 @@ func (c call[Req, Res]) run(ctx context.Context, e *Edge, protocol, token string
 }
 
 func (c call[Req, Res]) try(ctx context.Context, e *Edge, token string, req *Req) (*Res, error) {
-	p, err := e.identify(token)
+	p, err := e.identify(ctx, token)
 	if err != nil {
 		return nil, err
 	}
@@ -70,11 +71,11 @@ func refusalOf(ctx context.Context, err error) *schema.Refusal {
 }
 
 // identify says whose token it is. An empty one is none.
-func (e *Edge) identify(token string) (*auth.Principal, error) {
+func (e *Edge) identify(ctx context.Context, token string) (*auth.Principal, error) {
 	if token == "" {
 		return nil, schema.Refuse(schema.Code_CODE_UNAUTHENTICATED, "The call carries no token; send one as metadata: authorization: Bearer TOKEN.")
 	}
-	return e.cfg.Verify(token)
+	return e.cfg.Verify(ctx, token)
 }
 
 // bearer is the token in an authorization header; empty where there is none.
@@ -104,10 +105,10 @@ var (
 )
 
 // peer prepares what the gateway needs to know of a stream whose caller sent this token. first is the message of a stream that follows.
-func (s stream) peer(e *Edge, token, remote string, first func(*schema.Attach) error) (gateway.Peer, error) {
+func (s stream) peer(ctx context.Context, e *Edge, token, remote string, first func(*schema.Attach) error) (gateway.Peer, error) {
 	peer := gateway.Peer{Protocol: s.protocol, Remote: remote}
 	if token != "" || !s.hello {
-		p, err := e.identify(token)
+		p, err := e.identify(ctx, token)
 		if err != nil {
 			return peer, err
 		}

@@ -53,7 +53,7 @@ type Config struct {
 	// Log answers the calls that are no streams. Required; the gateway's.
 	Log broker.Log
 	// Verify says who the bearer of a token is. Required; the gateway's. The error is a [*schema.Refusal].
-	Verify func(token string) (*auth.Principal, error)
+	Verify func(ctx context.Context, token string) (*auth.Principal, error)
 
 	// AllowedOrigins are the web pages that may call from a browser, as the browser names them (https://app.example.com); "*" is all. Default none: only pages that a proxy shows under the
 	// edge's own origin.

@@ -333,7 +333,7 @@ func TestListenerFails(t *testing.T) {
 	})
 }
 
-func nobody(string) (*auth.Principal, error) { return nil, errors.New("nobody") }
+func nobody(context.Context, string) (*auth.Principal, error) { return nil, errors.New("nobody") }
 
 // An edge that was drained, or whose context had ended, before Serve does not serve.
 func TestServeAfterTheEnd(t *testing.T) {

@@ -80,14 +80,16 @@ func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
 		remote = p.Addr.String()
 	}
 	t := &nativeTransport{stream: gs, closed: make(chan struct{})}
-	gp, err := s.peer(e, nativeToken(gs.Context()), remote, func(a *schema.Attach) error {
+	gp, err := s.peer(gs.Context(), e, nativeToken(gs.Context()), remote, func(a *schema.Attach) error {
 		if err := gs.RecvMsg(&t.in); err != nil {
-			return err
+			return nativeReceiveError(err)
 		}
 		return attachOf(&t.in)(a)
 	})
 	if err != nil {
-		return failed(refusalOf(gs.Context(), err))
+		r := refusalOf(gs.Context(), err)
+		e.cfg.Gateway.Refused(r.Code)
+		return failed(r)
 	}
 	gp.Transport = t
 	// Clients wait for the header before they believe in the stream.
@@ -97,7 +99,11 @@ func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
 	e.streams.Go(func() {
 		ctx, stop := whilePeer(gs.Context())
 		defer stop()
-		_ = e.cfg.Gateway.Serve(ctx, gp)
+		err := e.cfg.Gateway.Serve(ctx, gp)
+		// The gateway has counted what it returns. It may have seen no more than that the stream is over.
+		if t.refused != schema.Code_CODE_UNSPECIFIED && schema.CodeOf(err) != t.refused {
+			e.cfg.Gateway.Refused(t.refused)
+		}
 	})
 	<-t.closed
 	return t.failure
@@ -119,8 +125,9 @@ type nativeTransport struct {
 	stream grpc.ServerStream
 	closed chan struct{} // closed by Close
 
-	in  message // owned by Receive
-	out message // owned by Send
+	in      message     // owned by Receive
+	refused schema.Code // why Receive ended the stream; owned by it
+	out     message     // owned by Send
 
 	mu    sync.Mutex
 	last  farewell
@@ -139,6 +146,7 @@ func (t *nativeTransport) Receive(context.Context) ([]byte, error) {
 	err = nativeReceiveError(err)
 	if r, ok := errors.AsType[*schema.Refusal](err); ok {
 		// grpc-go has ended the stream already, with a status of its own.
+		t.refused = r.Code
 		t.end(r.Code, r.Message)
 	}
 	return nil, err

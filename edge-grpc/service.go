@@ -125,7 +125,6 @@ func (e *Edge) deleteSession(ctx context.Context, p *auth.Principal, req *schema
 
 func (e *Edge) append(ctx context.Context, p *auth.Principal, req *schema.AppendRequest) (*schema.AppendResponse, error) {
 	if n := proto.Size(req); n > schema.MaxFrameBytes {
-		e.cfg.Gateway.Exceeded(gateway.LimitMessageBytes)
 		return nil, schema.Refuse(schema.Code_CODE_TOO_LARGE, "The request has %d bytes; at most %d are allowed. Append fewer envelopes at once.", n, schema.MaxFrameBytes)
 	}
 	if err := e.cfg.Gateway.Allow(p, len(req.GetEnvelopes())); err != nil {

@@ -330,13 +330,21 @@ func TestUnknownFieldsSurvive(t *testing.T) {
 }
 
 func TestTooLarge(t *testing.T) {
-	eachDialect(t, func(w *world, d dialect) {
+	limited(t, gateway.Limits{}, func(w *world, d dialect) {
+		counted := func(want float64) {
+			w.Helper()
+			synctest.Wait()
+			if n := w.counter("tidemark_gateway_limits_exceeded_total", "limit", "message_bytes"); n != want {
+				w.Errorf("the limit was exceeded %v times, want %v", n, want)
+			}
+		}
 		k := w.dial(d, w.token(schema.Role_ROLE_AGENT, "*"))
 		// The largest that is allowed, a little more, and more than the libraries read.
 		largest := strings.Repeat("x", schema.MaxEnvelopeBytes-20)
 		w.must(k.call("Append", &schema.AppendRequest{Session: "s", Envelopes: []*schema.Envelope{tokenOf(largest)}}, new(schema.AppendResponse)))
 		w.wantProblem(k.call("Append", &schema.AppendRequest{Session: "s", Envelopes: []*schema.Envelope{tokenOf(largest + strings.Repeat("x", 100))}}, new(schema.AppendResponse)), schema.Code_CODE_TOO_LARGE)
 		w.wantProblem(k.call("Append", &schema.AppendRequest{Session: "s", Envelopes: []*schema.Envelope{tokenOf(largest), tokenOf(strings.Repeat("x", 10<<10))}}, new(schema.AppendResponse)), schema.Code_CODE_TOO_LARGE)
+		counted(2)
 		huge := slices.Repeat([]*schema.Envelope{tokenOf(largest)}, 5)
 		err := k.call("Append", &schema.AppendRequest{Session: "s", Envelopes: huge}, new(schema.AppendResponse))
 		if p, ok := errors.AsType[*problem](err); !ok || p.grpc != schema.Code_CODE_TOO_LARGE.Rule().GRPC {
@@ -345,6 +353,8 @@ func TestTooLarge(t *testing.T) {
 		if d.http1 {
 			return
 		}
+		// The libraries refuse such a call before it is ours, but a stream never.
+		counted(2)
 		// Another stream of the same connection goes on.
 		other := k.open("AppendStream", true)
 		c := k.open("AppendStream", true)
@@ -372,6 +382,7 @@ func TestTooLarge(t *testing.T) {
 		if n := w.counter("tidemark_grpc_calls_total", "method", "AppendStream", "code", "too_large"); n != 2 {
 			w.Errorf("%v streams ended with too_large, want 2", n)
 		}
+		counted(5)
 		other.say(publishOf(1, "s", "still here"))
 		if f := other.next(); f.GetPublished() == nil {
 			w.Errorf("the other stream: %v", f)

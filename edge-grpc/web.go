@@ -79,7 +79,7 @@ func (s stream) web(e *Edge) (string, *connect.Handler) {
 // serveWeb runs one stream; first is its message where there is only one.
 func (s stream) serveWeb(e *Edge, ctx context.Context, c connect.StreamingHandlerConn, first *message) error {
 	isJSON := strings.Contains(c.RequestHeader().Get("Content-Type"), "json")
-	gp, err := s.peer(e, bearer(c.RequestHeader().Get("Authorization")), c.Peer().Addr, func(a *schema.Attach) error {
+	gp, err := s.peer(ctx, e, bearer(c.RequestHeader().Get("Authorization")), c.Peer().Addr, func(a *schema.Attach) error {
 		if !isJSON {
 			return attachOf(first)(a)
 		}
@@ -110,6 +110,7 @@ func (s stream) serveWeb(e *Edge, ctx context.Context, c connect.StreamingHandle
 		return t.failure.web()
 	}
 	r := refusalOf(ctx, err)
+	e.cfg.Gateway.Refused(r.Code)
 	e.metrics.calls.WithLabelValues(s.method, c.Peer().Protocol, r.Code.Word()).Inc()
 	return failed(r).web()
 }
@@ -274,10 +275,7 @@ func (e *Edge) allowOrigins(h http.Handler) http.Handler {
 		}
 		if !allowed {
 			// A page of the edge's own origin does not ask.
-			e.cfg.Gateway.Exceeded(gateway.LimitOrigin)
-			header.Set("Content-Type", "application/json")
-			w.WriteHeader(http.StatusForbidden)
-			_, _ = io.WriteString(w, originRefused) // the browser is gone, or reads it
+			refuseOrigin(w, e.cfg.Gateway.RefuseOrigin())
 			return
 		}
 		header.Set("Access-Control-Allow-Methods", "POST, GET")
@@ -287,8 +285,12 @@ func (e *Edge) allowOrigins(h http.Handler) http.Handler {
 	})
 }
 
-// originRefused is what a browser is told whose page may not call, as the WebSocket edge says it.
-const originRefused = `{"error":"Unauthorized","details":"Pages of this origin may not connect; the server's configuration names those that may.","code":"origin_not_allowed"}` + "\n"
+// refuseOrigin tells a browser that its page may not call, as the WebSocket edge says it.
+func refuseOrigin(w http.ResponseWriter, r *schema.Refusal) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusForbidden)
+	_ = json.NewEncoder(w).Encode(map[string]string{"error": http.StatusText(http.StatusUnauthorized), "details": r.Message, "code": r.Code.Word()}) // the browser is gone, or reads it
+}
 
 func (e *Edge) originAllowed(origin string) bool {
 	for _, o := range e.cfg.AllowedOrigins {

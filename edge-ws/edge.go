@@ -34,18 +34,18 @@ type Config struct {
 	// Gateway serves the connections. Required.
 	Gateway *gateway.Gateway
 	// Verify says who the bearer of a token is. Required. The error is a [*schema.Refusal].
-	Verify func(token string) (*auth.Principal, error)
+	Verify func(ctx context.Context, token string) (*auth.Principal, error)
 	// Origins are the web pages that browsers may connect from, beside those of the edge's own host: patterns of [path.Match] for a host (app.example.com, *.example.com) or, with a scheme,
 	// for an origin (https://app.example.com). "*" is every page: tokens alone protect then. Default: none. Clients that are no browsers send no origin and are not asked.
 	Origins []string
 	// Loopback makes it an edge for the programs of one desktop application (local.go): it refuses peers and host names that are not this machine's, takes tokens in hello alone, and serves
 	// /v1/connect in protobuf and /healthz, nothing else. Pages must then be listed in Origins. Give the gateway a short HelloTimeout.
 	Loopback bool
-	// Page serves the page to look at sessions with, at / and below /page/. It is for development, and needs a token as any client does.
+	// Page serves the page to look at sessions with, at / and below /page/. It is for development, and needs a token as any client does. Not on loopback.
 	Page bool
 	// PingInterval is how often a peer is pinged; it is closed (peer_dead) when two pings in a row went unanswered. Default [DefaultPingInterval].
 	PingInterval time.Duration
-	// Metrics is what /metrics shows. Optional.
+	// Metrics is what /metrics shows. Optional, and unused on loopback, where there is no such path.
 	Metrics prometheus.Gatherer
 	// Logger gets what happens, never tokens or queries. Default: discarded.
 	Logger *slog.Logger
@@ -68,6 +68,9 @@ type Edge struct {
 func New(cfg Config) (*Edge, error) {
 	if cfg.Gateway == nil || cfg.Verify == nil {
 		return nil, errors.New("edgews: Config needs Gateway and Verify")
+	}
+	if cfg.Page && cfg.Loopback {
+		return nil, errors.New("edgews: Config has Page and Loopback, and on loopback there is no page")
 	}
 	for _, pattern := range cfg.Origins {
 		if _, err := path.Match(pattern, ""); err != nil {
@@ -134,7 +137,7 @@ func (e *Edge) connect(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if token := auth.FromRequest(r); token != "" {
-		p, err := e.cfg.Verify(token)
+		p, err := e.cfg.Verify(r.Context(), token)
 		if err != nil {
 			refuse(w, err)
 			return
@@ -149,7 +152,7 @@ func (e *Edge) session(w http.ResponseWriter, r *http.Request) {
 	if !e.enters(w, r) {
 		return
 	}
-	p, err := e.cfg.Verify(auth.FromRequest(r))
+	p, err := e.cfg.Verify(r.Context(), auth.FromRequest(r))
 	if err != nil {
 		refuse(w, err)
 		return

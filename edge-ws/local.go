@@ -3,7 +3,6 @@ package edgews
 import (
 	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"strings"
 
@@ -33,16 +32,7 @@ func onLoopback(next http.Handler) http.Handler {
 
 // connectOnLoopback serves the one connection that there is on loopback: many sessions, in protobuf.
 func (e *Edge) connectOnLoopback(w http.ResponseWriter, r *http.Request) {
-	if origin := r.Header.Get("Origin"); origin != "" {
-		// There is no page of this server's own that could be meant: where it listens says nothing about who sends.
-		u, err := url.Parse(strings.ToLower(origin))
-		if err != nil || !e.lists(u) {
-			e.cfg.Gateway.Exceeded(gateway.LimitOrigin)
-			refuse(w, schema.Refuse(schema.Code_CODE_ORIGIN_NOT_ALLOWED, "Pages of this origin may not connect; the server's configuration names those that may."))
-			return
-		}
-	}
-	if !e.admit(w, r) {
+	if !e.enters(w, r) || !upgrades(w, r) {
 		return
 	}
 	if auth.FromRequest(r) != "" || r.Header.Get("Authorization") != "" {

@@ -36,7 +36,7 @@ func handler(t *testing.T, change func(*Config)) http.Handler {
 // TestLoopbackRefuses tries what pages, other machines and programs that do not know better may send to a desktop application's socket.
 func TestLoopbackRefuses(t *testing.T) {
 	h := handler(t, func(c *Config) {
-		c.Loopback, c.Page, c.Origins = true, true, []string{"https://app.example.com", "app://bundle", "file://"}
+		c.Loopback, c.Origins = true, []string{"https://app.example.com", "app://bundle", "file://"}
 	})
 	// A recorder cannot be upgraded further than to this answer.
 	const comesIn = http.StatusSwitchingProtocols

@@ -82,7 +82,7 @@ func contentPolicy(host string) string {
 
 // access answers as GET /ws would, with 204 in place of the upgrade: browsers do not tell a page why an upgrade was refused.
 func (e *Edge) access(w http.ResponseWriter, r *http.Request) {
-	p, err := e.cfg.Verify(auth.FromRequest(r))
+	p, err := e.cfg.Verify(r.Context(), auth.FromRequest(r))
 	if err == nil {
 		_, err = attachOf(r, p)
 	}

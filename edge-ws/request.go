@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 
-	"tidemark/internal/gateway"
 	"tidemark/schema"
 )
 
@@ -33,8 +32,7 @@ func upgrades(w http.ResponseWriter, r *http.Request) bool {
 // enters checks where the request comes from, and whether there is room; false where it has answered.
 func (e *Edge) enters(w http.ResponseWriter, r *http.Request) bool {
 	if !e.mayComeFrom(r) {
-		e.cfg.Gateway.Exceeded(gateway.LimitOrigin)
-		refuse(w, schema.Refuse(schema.Code_CODE_ORIGIN_NOT_ALLOWED, "Pages of this origin may not connect; the server's configuration names those that may."))
+		refuse(w, e.cfg.Gateway.RefuseOrigin())
 		return false
 	}
 	if err := e.cfg.Gateway.Admits(); err != nil {
@@ -54,14 +52,10 @@ func (e *Edge) mayComeFrom(r *http.Request) bool {
 	if err != nil {
 		return false
 	}
-	if strings.EqualFold(u.Host, r.Host) {
+	// On loopback there is no page of this server's own that could be meant: where it listens says nothing about who sends.
+	if !e.cfg.Loopback && strings.EqualFold(u.Host, r.Host) {
 		return true
 	}
-	return e.lists(u)
-}
-
-// lists says whether the configuration names the origin, which is in lower case.
-func (e *Edge) lists(u *url.URL) bool {
 	for _, pattern := range e.cfg.Origins {
 		name := u.Host
 		if strings.Contains(pattern, "://") {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -351,8 +352,6 @@ func TestRefresh(t *testing.T) {
 		}
 	})
 	bubble(t, nil, func(w *world) {
-		expired := lasting(t, "ada", schema.Role_ROLE_USER, time.Second, "s")
-		time.Sleep(time.Minute)
 		good := lasting(t, "ada", schema.Role_ROLE_USER, time.Hour, "s")
 		for _, c := range []struct{ name, msg, code, says string }{
 			{"no data", `{"type":"refresh"}`, "invalid_message", "'data'"},
@@ -361,12 +360,9 @@ func TestRefresh(t *testing.T) {
 			{"no string", `{"type":"refresh","data":{"token":["` + good + `"]}}`, "invalid_message", "'token' must be a string"},
 			{"something else", `{"type":"refresh","data":{"token":"` + good + `","ttl":5}}`, "invalid_message", "nothing else"},
 			{"something beside", `{"type":"refresh","token":"` + good + `","data":{"token":"` + good + `"}}`, "invalid_message", "nothing else"},
-			{"garbage", `{"type":"refresh","data":{"token":"x.y.z"}}`, "unauthenticated", "token"},
+			// What else a token can be refused for is the gateway's; see its TestRefreshRefused.
 			{"empty", `{"type":"refresh","data":{"token":""}}`, "unauthenticated", "token"},
-			{"expired", `{"type":"refresh","data":{"token":"` + expired + `"}}`, "unauthenticated", "expired"},
 			{"another's", `{"type":"refresh","data":{"token":"` + lasting(t, "bob", schema.Role_ROLE_USER, time.Hour, "s") + `"}}`, "forbidden", "another's"},
-			{"another role", `{"type":"refresh","data":{"token":"` + lasting(t, "ada", schema.Role_ROLE_ADMIN, time.Hour, "s") + `"}}`, "forbidden", "another's"},
-			{"another tenant", `{"type":"refresh","data":{"token":"` + ofTenant(t, "acme", "ada") + `"}}`, "forbidden", "another's"},
 		} {
 			s := w.ui(good, "sessionName=s")
 			s.wantType("attached")
@@ -385,35 +381,27 @@ func TestRefresh(t *testing.T) {
 	})
 }
 
-func ofTenant(t testing.TB, tenant, subject string) string {
-	t.Helper()
-	text, err := auth.Mint([]byte(secret), auth.Principal{Subject: subject, Tenant: tenant, Role: schema.Role_ROLE_USER, Sessions: []string{"s"}}, time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return text
-}
-
 // TestLimitsOfTheSessionSocket: who is too fast, or comes too often, is told; what was accepted is answered, and nobody else notices.
 func TestLimitsOfTheSessionSocket(t *testing.T) {
 	bubble(t, func(_ *Config, g *gateway.Config) {
-		g.Limits = gateway.Limits{User: gateway.Rate{PerSecond: 10, Burst: 20}, Agent: gateway.Rate{PerSecond: 5000, Burst: 10000}, UserConnections: 5}
+		g.Limits = gateway.DefaultLimits()
 	}, func(w *world) {
 		ada, bob := as(t, "ada", schema.Role_ROLE_USER), as(t, "bob", schema.Role_ROLE_USER)
 		agent := w.session("sessionName=s&lastSeq=latest")
 		agent.wantType("attached")
-		c := w.ui(ada, "sessionName=s")
-		c.wantType("attached")
-		go func() {
+		hasty := w.ui(ada, "sessionName=s")
+		hasty.wantType("attached")
+		var writing sync.WaitGroup
+		writing.Go(func() {
 			for range 25 {
-				if c.c.Write(w.Context(), websocket.MessageText, []byte(`{"type":"user_message","data":{"message":"m"}}`)) != nil {
+				if hasty.c.Write(w.Context(), websocket.MessageText, []byte(`{"type":"user_message","data":{"message":"m"}}`)) != nil {
 					return
 				}
 			}
-		}()
-		published, events := 0, 0
+		})
+		published := 0
 		for {
-			m := c.nextSkipping("attached")
+			m := hasty.nextSkipping("attached")
 			if m["type"] == "error" {
 				if data := m["data"].(map[string]any); data["code"] != "rate_exceeded" || data["retryable"] != true {
 					t.Errorf("got %v", m)
@@ -422,11 +410,10 @@ func TestLimitsOfTheSessionSocket(t *testing.T) {
 			}
 			if m["type"] == "published" {
 				published++
-			} else {
-				events++
 			}
 		}
-		c.wantClosed(1008, "rate_exceeded: ")
+		hasty.wantClosed(1008, "rate_exceeded: ")
+		writing.Wait()
 		if published != 20 {
 			t.Errorf("%d were accepted", published)
 		}
@@ -436,7 +423,7 @@ func TestLimitsOfTheSessionSocket(t *testing.T) {
 			}
 		}
 		// Ten a second, for as long as one likes.
-		c = w.ui(ada, "sessionName=s&lastSeq=latest")
+		c := w.ui(ada, "sessionName=s&lastSeq=latest")
 		c.wantType("attached")
 		for range 200 {
 			c.sendText(`{"type":"user_message","data":{"message":"m"}}`)

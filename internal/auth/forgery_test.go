@@ -28,7 +28,7 @@ func TestVerifyByJWKS(t *testing.T) {
 	all := ofSet(t, auth.Config{}, k.rsa.public(), k.ec.public(), k.ed.public(), k.rsa2.public(), k.ec2.public())
 	bare := jwk{"use": nil, "alg": nil, "kid": nil}
 	for _, s := range []signer{k.rsa, k.rsa2, k.ec, k.ec2, k.ed} {
-		p, err := all.Verify(s.token(t, nil))
+		p, err := all.Verify(t.Context(), s.token(t, nil))
 		if err != nil {
 			t.Fatalf("%s: %v", s.kid, err)
 		}
@@ -36,7 +36,7 @@ func TestVerifyByJWKS(t *testing.T) {
 			t.Errorf("%s: %+v", s.kid, p)
 		}
 		// A set with one key for the algorithm needs no names, neither in the token nor in the set, and no word on what it is for.
-		if _, err := ofSet(t, auth.Config{}, s.public().with(bare)).Verify(s.tokenWith(t, jwk{"kid": nil}, nil)); err != nil {
+		if _, err := ofSet(t, auth.Config{}, s.public().with(bare)).Verify(t.Context(), s.tokenWith(t, jwk{"kid": nil}, nil)); err != nil {
 			t.Errorf("%s without a name: %v", s.kid, err)
 		}
 	}
@@ -44,26 +44,26 @@ func TestVerifyByJWKS(t *testing.T) {
 	nameless := ofSet(t, auth.Config{}, k.ec.public().with(jwk{"kid": nil}))
 	for _, kid := range []string{"e1", ""} {
 		token := k.ec.tokenWith(t, jwk{"kid": kid}, nil)
-		p, err := nameless.Verify(token)
+		p, err := nameless.Verify(t.Context(), token)
 		wantRefused(t, token, p, err)
 	}
 	// One of them is the only one for its algorithm.
-	if _, err := all.Verify(k.ed.tokenWith(t, jwk{"kid": nil}, nil)); err != nil {
+	if _, err := all.Verify(t.Context(), k.ed.tokenWith(t, jwk{"kid": nil}, nil)); err != nil {
 		t.Error(err)
 	}
 	// Keys of different kinds may share a name (RFC 7517, section 4.5).
 	shared := ofSet(t, auth.Config{}, k.rsa.public().with(jwk{"kid": "x"}), k.ec.public().with(jwk{"kid": "x"}))
 	for _, s := range []signer{k.rsa, k.ec} {
-		if _, err := shared.Verify(s.tokenWith(t, jwk{"kid": "x"}, nil)); err != nil {
+		if _, err := shared.Verify(t.Context(), s.tokenWith(t, jwk{"kid": "x"}, nil)); err != nil {
 			t.Error(s.kid, err)
 		}
 	}
 	// The secret counts beside the set, and only where it was given.
 	byHand := sign(t, jwt.SigningMethodHS256, secret, good(nil))
-	if _, err := ofSet(t, auth.Config{Secret: secret}, k.ed.public()).Verify(byHand); err != nil {
+	if _, err := ofSet(t, auth.Config{Secret: secret}, k.ed.public()).Verify(t.Context(), byHand); err != nil {
 		t.Error(err)
 	}
-	p, err := all.Verify(byHand)
+	p, err := all.Verify(t.Context(), byHand)
 	wantRefused(t, byHand, p, err)
 }
 
@@ -288,21 +288,21 @@ func TestForgeries(t *testing.T) {
 		"JSON serialization":           `{"protected":"` + parts[0] + `","payload":"` + parts[1] + `","signature":"` + parts[2] + `"}`,
 		"too long":                     k.rsa.token(t, with(jwt.MapClaims{"extra": strings.Repeat("x", auth.MaxTokenBytes)})),
 	}
-	if _, err := v.Verify(honest); err != nil {
+	if _, err := v.Verify(t.Context(), honest); err != nil {
 		t.Fatalf("the token that the others are made from: %v", err)
 	}
-	if _, err := v.Verify(k.ec.token(t, with(jwt.MapClaims{"aud": []string{"billing", "tidemark"}, "iat": time.Now().Add(time.Hour).Unix()}))); err != nil {
+	if _, err := v.Verify(t.Context(), k.ec.token(t, with(jwt.MapClaims{"aud": []string{"billing", "tidemark"}, "iat": time.Now().Add(time.Hour).Unix()}))); err != nil {
 		t.Errorf("one of several audiences, issued by a clock that is ahead: %v", err)
 	}
-	if _, err := v.Verify(k.ed.tokenWith(t, jwk{"kid": "d1", "x:y": []any{jwk{"alg": "a:b"}}}, with(jwt.MapClaims{"a\":{b": "c\\\":[", "nested": jwk{"role": jwk{"role": ":"}}}))); err != nil {
+	if _, err := v.Verify(t.Context(), k.ed.tokenWith(t, jwk{"kid": "d1", "x:y": []any{jwk{"alg": "a:b"}}}, with(jwt.MapClaims{"a\":{b": "c\\\":[", "nested": jwk{"role": jwk{"role": ":"}}}))); err != nil {
 		t.Errorf("claims that need a close look: %v", err)
 	}
-	if _, err := v.Verify(sign(t, jwt.SigningMethodHS256, secret, good(nil))); err != nil {
+	if _, err := v.Verify(t.Context(), sign(t, jwt.SigningMethodHS256, secret, good(nil))); err != nil {
 		t.Errorf("a token signed with the secret needs neither issuer nor audience: %v", err)
 	}
 	for name, token := range tests {
 		t.Run(name, func(t *testing.T) {
-			p, err := v.Verify(token)
+			p, err := v.Verify(t.Context(), token)
 			wantRefused(t, token, p, err)
 		})
 	}

@@ -102,10 +102,11 @@ func newKeys(c *Config) (*keys, error) {
 	return k, nil
 }
 
-// find is the key for a token. Where there is none of its name, the source is read first, unless that was done just now; this is the only thing that it waits for.
-func (k *keys) find(alg, kid string, named bool) (any, error) {
+// find is the key for a token. Where there is none of its name, the source is read first, unless that was done just now; this is the only thing that it waits for,
+// and while ctx lasts.
+func (k *keys) find(ctx context.Context, alg, kid string, named bool) (any, error) {
 	key, result, err := k.look(alg, kid, named)
-	if result == unknown && k.ask() {
+	if result == unknown && k.ask(ctx) {
 		key, _, err = k.look(alg, kid, named)
 	}
 	return key, err
@@ -167,8 +168,8 @@ func (k *keys) ready() error {
 }
 
 // ask has the source read and waits until that is over, which takes no longer than one read: all who ask meanwhile wait for the same one. It says whether something was read; not so where the last
-// read ended less than the gap ago, or nobody reads.
-func (k *keys) ask() bool {
+// read ended less than the gap ago, nobody reads, or ctx ended before the read did, which goes on for the others.
+func (k *keys) ask(ctx context.Context) bool {
 	k.mu.Lock()
 	reading := k.reading
 	if reading == nil {
@@ -181,8 +182,12 @@ func (k *keys) ask() bool {
 		k.wake <- struct{}{} // never blocks: reading was nil, so nothing is in it
 	}
 	k.mu.Unlock()
-	<-reading
-	return true
+	select {
+	case <-reading:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // run reads the source at once where that has not been done, then now and then, and whenever it is asked to, until ctx ends.
@@ -282,7 +287,11 @@ func (k *keys) read(ctx context.Context) error {
 		if before != nil && before.Error() == err.Error() {
 			level = slog.LevelDebug // said already
 		}
-		k.log.Log(ctx, level, "the keys for tokens cannot be read; the last ones go on being used for a day", "jwks", k.source.String(), "error", err)
+		sentence := "the keys for tokens cannot be read; the last ones go on being used for a day"
+		if last == nil {
+			sentence = "the keys for tokens cannot be read, and never were; tokens signed with them are refused meanwhile"
+		}
+		k.log.Log(ctx, level, sentence, "jwks", k.source.String(), "error", err)
 	case last == nil || !bytes.Equal(last.raw, set.raw):
 		k.announce(ctx, set)
 	case before != nil:

@@ -29,6 +29,7 @@ var errUnchanged = errors.New("unchanged")
 
 // keySource is where a JWKS is read. It belongs to whoever reads, one at a time.
 type keySource struct {
+	name   Source
 	path   string // of a file; empty where it is a URL
 	url    *url.URL
 	client *http.Client
@@ -36,14 +37,48 @@ type keySource struct {
 	seen fs.FileInfo
 }
 
-// newKeySource tells a file from a URL. It reads nothing.
-func newKeySource(where string, transport http.RoundTripper) (*keySource, error) {
-	if !strings.Contains(where, "://") {
-		return &keySource{path: where}, nil
+// Source names where a JWKS is: a file, or a URL that begins with https:// or http://. A URL may hold what is not for everybody's eyes.
+type Source string
+
+// parse tells a file, for which it returns nil, from a URL.
+func (s Source) parse() (*url.URL, error) {
+	if !strings.Contains(string(s), "://") {
+		return nil, nil
 	}
-	u, err := url.Parse(where)
+	u, err := url.Parse(string(s))
 	if err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http" {
+		// Not the error: it repeats the URL.
 		return nil, errors.New("the JWKS must be a file, or a URL that begins with https:// or http://")
+	}
+	return u, nil
+}
+
+// Check says what is wrong with the name, without repeating it. It reads nothing.
+func (s Source) Check() error {
+	_, err := s.parse()
+	return err
+}
+
+// String is the source without what may be secret in a URL: who asks, and with which query.
+func (s Source) String() string {
+	switch u, err := s.parse(); {
+	case err != nil:
+		return "(not a URL)"
+	case u == nil:
+		return string(s)
+	default:
+		return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+	}
+}
+
+// newKeySource reads nothing.
+func newKeySource(where Source, transport http.RoundTripper) (*keySource, error) {
+	u, err := where.parse()
+	if err != nil {
+		return nil, err
+	}
+	if u == nil {
+		return &keySource{name: where, path: string(where)}, nil
 	}
 	if transport == nil {
 		transport = &http.Transport{
@@ -52,7 +87,7 @@ func newKeySource(where string, transport http.RoundTripper) (*keySource, error)
 			DisableKeepAlives: true,
 		}
 	}
-	return &keySource{url: u, client: &http.Client{
+	return &keySource{name: where, url: u, client: &http.Client{
 		Transport: transport,
 		CheckRedirect: func(r *http.Request, via []*http.Request) error {
 			switch {
@@ -67,13 +102,8 @@ func newKeySource(where string, transport http.RoundTripper) (*keySource, error)
 	}}, nil
 }
 
-// String names the source without what may be secret in a URL.
-func (s *keySource) String() string {
-	if s.url == nil {
-		return s.path
-	}
-	return (&url.URL{Scheme: s.url.Scheme, Host: s.url.Host, Path: s.url.Path}).String()
-}
+// String names the source without what may be secret in it.
+func (s *keySource) String() string { return s.name.String() }
 
 // open says whether others on the way could change what is read.
 func (s *keySource) open() bool {

@@ -29,9 +29,9 @@ type Principal struct {
 	Role schema.Role
 	// Sessions are the names the client may use, and prefixes that end in '*'. "*" is every session of the tenant; none means no session at all.
 	Sessions []string
-	// Expires is when the token ends, without the leeway.
+	// Expires is when the token ends, without the leeway; zero for one that never does, which no verified token is.
 	Expires time.Time
-	// Until is when the token is no longer accepted: Expires and the leeway.
+	// Until is when the token is no longer accepted: Expires and the leeway; zero for never.
 	Until time.Time
 }
 

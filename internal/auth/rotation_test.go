@@ -44,7 +44,7 @@ func running(t *testing.T, c auth.Config) *auth.Verifier {
 
 // says is what a verifier says of a token: "" where it is accepted, otherwise the code's word.
 func says(v *auth.Verifier, token string) string {
-	if _, err := v.Verify(token); err != nil {
+	if _, err := v.Verify(context.Background(), token); err != nil {
 		return schema.CodeOf(err).Word()
 	}
 	return ""
@@ -70,7 +70,7 @@ func TestKeysOfAFileRotate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "jwks.json")
 		write(t, path, set(k.rsa.public(), k.ec.public()))
-		v := running(t, auth.Config{JWKS: path})
+		v := running(t, auth.Config{JWKS: auth.Source(path)})
 		life := map[string]any{"exp": time.Now().Add(1000 * time.Hour).Unix()}
 		one, two, three := k.rsa.token(t, life), k.ec.token(t, life), k.ed.token(t, life)
 		wants(t, v, "at first", in, one, two)
@@ -149,7 +149,7 @@ func TestKeysOfAURLRotate(t *testing.T) {
 	server := httptest.NewServer(&idp)
 	defer server.Close()
 	idp.publishes(k.rsa.public(), k.ec.public())
-	v := running(t, auth.Config{JWKS: server.URL + "/jwks.json", JWKSGap: time.Nanosecond, JWKSEvery: time.Hour})
+	v := running(t, auth.Config{JWKS: auth.Source(server.URL + "/jwks.json"), JWKSGap: time.Nanosecond, JWKSEvery: time.Hour})
 
 	// The first token may come before the first read, and before Run.
 	waitReady(t, v)
@@ -367,7 +367,7 @@ func TestAskingAtTheEnd(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "jwks.json")
 			write(t, path, set(k.ec.public()))
-			v, err := auth.NewVerifier(auth.Config{JWKS: path})
+			v, err := auth.NewVerifier(auth.Config{JWKS: auth.Source(path)})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -444,7 +444,7 @@ func TestSourcesThatAreNotBelieved(t *testing.T) {
 			defer server.Close()
 			var logs lockedBuffer
 			where := strings.Replace(server.URL, "https://", "https://ada:pass-word@", 1) + "/jwks?key=que-ry"
-			v := running(t, auth.Config{JWKS: where, JWKSGap: time.Millisecond, Transport: server.Client().Transport, Logger: slog.New(slog.NewTextHandler(&logs, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+			v := running(t, auth.Config{JWKS: auth.Source(where), JWKSGap: time.Millisecond, Transport: server.Client().Transport, Logger: slog.New(slog.NewTextHandler(&logs, &slog.HandlerOptions{Level: slog.LevelDebug}))})
 			if row.logs == "" {
 				waitReady(t, v)
 				wants(t, v, name, in, k.ed.token(t, nil))
@@ -530,21 +530,21 @@ func TestConfigIsChecked(t *testing.T) {
 	}{
 		"nothing":                        {auth.Config{}, "nobody could come in"},
 		"a short secret":                 {auth.Config{Secret: secret[:31]}, "31 bytes"},
-		"a short secret beside a set":    {auth.Config{Secret: secret[:31], JWKS: file("a", set(k.ed.public()))}, "31 bytes"},
+		"a short secret beside a set":    {auth.Config{Secret: secret[:31], JWKS: auth.Source(file("a", set(k.ed.public())))}, "31 bytes"},
 		"an issuer of nothing":           {auth.Config{Secret: secret, Issuer: "x"}, "JWKS"},
 		"an audience of nothing":         {auth.Config{Secret: secret, Audience: "x"}, "JWKS"},
-		"a file that is not there":       {auth.Config{JWKS: filepath.Join(dir, "none")}, "none"},
-		"a directory":                    {auth.Config{JWKS: dir}, "not a file"},
+		"a file that is not there":       {auth.Config{JWKS: auth.Source(filepath.Join(dir, "none"))}, "none"},
+		"a directory":                    {auth.Config{JWKS: auth.Source(dir)}, "not a file"},
 		"a device":                       {auth.Config{JWKS: os.DevNull}, "not a file"},
-		"an empty file":                  {auth.Config{JWKS: file("b", nil)}, "not a JWKS"},
-		"a set without a key":            {auth.Config{JWKS: file("c", set())}, "no key that can be used"},
-		"a set with symmetric keys only": {auth.Config{JWKS: file("d", set(jwk{"kty": "oct", "k": "AAAA"}))}, "symmetric"},
-		"a file too large":               {auth.Config{JWKS: file("e", bytes.Repeat([]byte(" "), auth.JWKSMaxBytes+1))}, "larger than 1 MiB"},
+		"an empty file":                  {auth.Config{JWKS: auth.Source(file("b", nil))}, "not a JWKS"},
+		"a set without a key":            {auth.Config{JWKS: auth.Source(file("c", set()))}, "no key that can be used"},
+		"a set with symmetric keys only": {auth.Config{JWKS: auth.Source(file("d", set(jwk{"kty": "oct", "k": "AAAA"})))}, "symmetric"},
+		"a file too large":               {auth.Config{JWKS: auth.Source(file("e", bytes.Repeat([]byte(" "), auth.JWKSMaxBytes+1)))}, "larger than 1 MiB"},
 		"another scheme":                 {auth.Config{JWKS: "ftp://idp.example/jwks"}, "https://"},
 		"a URL without a host":           {auth.Config{JWKS: "https:///jwks"}, "https://"},
 		"a negative time":                {auth.Config{JWKS: "https://idp.example/", JWKSEvery: -1}, "negative"},
 		"a URL that nobody has asked":    {auth.Config{JWKS: "https://idp.example/jwks"}, ""},
-		"a set":                          {auth.Config{JWKS: file("f", set(k.ed.public())), Issuer: "x", Audience: "y"}, ""},
+		"a set":                          {auth.Config{JWKS: auth.Source(file("f", set(k.ed.public()))), Issuer: "x", Audience: "y"}, ""},
 	} {
 		v, err := auth.NewVerifier(row.c)
 		if (row.says == "") != (err == nil && v != nil) || err != nil && !strings.Contains(err.Error(), row.says) {

@@ -167,8 +167,9 @@ func write(t testing.TB, path string, content []byte) {
 // ofSet makes a verifier with a set in a file.
 func ofSet(t testing.TB, c auth.Config, keys ...jwk) *auth.Verifier {
 	t.Helper()
-	c.JWKS = filepath.Join(t.TempDir(), "jwks.json")
-	write(t, c.JWKS, set(keys...))
+	path := filepath.Join(t.TempDir(), "jwks.json")
+	write(t, path, set(keys...))
+	c.JWKS = auth.Source(path)
 	v, err := auth.NewVerifier(c)
 	if err != nil {
 		t.Fatal(err)

@@ -27,8 +27,8 @@ const DefaultLeeway = 5 * time.Second
 type Config struct {
 	// Secret is the key of HS256, at least [MinSecretBytes]: the text of the secret file, as it is.
 	Secret []byte
-	// JWKS is where the public keys of RS256, ES256 and EdDSA are (RFC 7517): a file, or a URL that begins with https:// or http://. Whoever has one of their private keys can be anybody in any tenant.
-	JWKS string
+	// JWKS is where the public keys of RS256, ES256 and EdDSA are (RFC 7517). Whoever has one of their private keys can be anybody in any tenant.
+	JWKS Source
 	// Issuer and Audience, where set, are what the claim iss of a token signed with a key of the JWKS must be, and what its claim aud must have: one set of keys often serves many applications. Tokens
 	// signed with the secret need neither, because the secret is for this system alone.
 	Issuer, Audience string
@@ -137,11 +137,11 @@ func (v *Verifier) Ready() error {
 	return v.keys.ready()
 }
 
-// Verify says who the bearer of a token is. It may wait for one read of the JWKS, [JWKSTimeout] at most, where the token names a key that is not known.
+// Verify says who the bearer of a token is. It may wait for one read of the JWKS, [JWKSTimeout] at most and no longer than ctx lasts, where the token names a key that is not known.
 //
 // The error is a [*schema.Refusal] with a sentence in which nothing of the token stands: [schema.Code_CODE_UNAUTHENTICATED], or [schema.Code_CODE_UNAVAILABLE] where the token cannot be judged because
 // the JWKS cannot be read, and its bearer should come again.
-func (v *Verifier) Verify(token string) (*Principal, error) {
+func (v *Verifier) Verify(ctx context.Context, token string) (*Principal, error) {
 	if token == "" {
 		return nil, unauthenticated("A token is needed: send it as 'Authorization: Bearer', as ?token=, as the WebSocket subprotocol bearer.<token>, or in hello.")
 	}
@@ -154,7 +154,7 @@ func (v *Verifier) Verify(token string) (*Principal, error) {
 	}
 	// Claims are taken from a map by their exact names: into a struct, encoding/json would take 'Role' for 'role' too.
 	claims := jwt.MapClaims{}
-	parsed, err := v.parser.ParseWithClaims(token, claims, v.key)
+	parsed, err := v.parser.ParseWithClaims(token, claims, func(t *jwt.Token) (any, error) { return v.key(ctx, t) })
 	if err != nil {
 		if r, ok := errors.AsType[*schema.Refusal](err); ok {
 			return nil, r
@@ -180,7 +180,7 @@ func (v *Verifier) Verify(token string) (*Principal, error) {
 
 // key is where a token's header chooses the key. The parser has checked before that the algorithm is in the list. Nothing else in the header is looked at: keys that a token brings along, or says where
 // to find (jwk, x5c, jku, x5u), are not keys of ours (RFC 8725, section 3.10).
-func (v *Verifier) key(t *jwt.Token) (any, error) {
+func (v *Verifier) key(ctx context.Context, t *jwt.Token) (any, error) {
 	if members(t.Raw, 0) != len(t.Header) {
 		return nil, unauthenticated("A name stands twice in the token's header.")
 	}
@@ -198,7 +198,7 @@ func (v *Verifier) key(t *jwt.Token) (any, error) {
 	if named && !ok {
 		return nil, unauthenticated("The token's 'kid' is not a string.")
 	}
-	return v.keys.find(alg, kid, named)
+	return v.keys.find(ctx, alg, kid, named)
 }
 
 // checkOrigin checks who issued the token, and for whom.

@@ -55,7 +55,7 @@ func good(changes jwt.MapClaims) jwt.MapClaims {
 
 func TestVerifyGivesThePrincipal(t *testing.T) {
 	exp := time.Now().Add(time.Hour).Truncate(time.Second)
-	p, err := verifier(t, 0).Verify(sign(t, jwt.SigningMethodHS256, secret, good(jwt.MapClaims{"exp": exp.Unix()})))
+	p, err := verifier(t, 0).Verify(t.Context(), sign(t, jwt.SigningMethodHS256, secret, good(jwt.MapClaims{"exp": exp.Unix()})))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +111,7 @@ func TestVerifyClaims(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			token := sign(t, jwt.SigningMethodHS256, secret, good(tt.changes))
-			p, err := v.Verify(token)
+			p, err := v.Verify(t.Context(), token)
 			if tt.says == "" && !refused[tt.name] {
 				if err != nil {
 					t.Fatalf("refused: %v", err)
@@ -178,12 +178,12 @@ func TestVerifyRefusesOtherAlgorithms(t *testing.T) {
 		"too long":                   sign(t, jwt.SigningMethodHS256, secret, good(jwt.MapClaims{"extra": strings.Repeat("x", auth.MaxTokenBytes)})),
 	}
 	v := verifier(t, 0)
-	if _, err := v.Verify(ok); err != nil {
+	if _, err := v.Verify(t.Context(), ok); err != nil {
 		t.Fatalf("the token that the others are made from: %v", err)
 	}
 	for name, token := range tests {
 		t.Run(name, func(t *testing.T) {
-			p, err := v.Verify(token)
+			p, err := v.Verify(t.Context(), token)
 			wantRefused(t, token, p, err)
 		})
 	}
@@ -198,10 +198,10 @@ func TestTokenExpiresWithLeeway(t *testing.T) {
 		}
 		at := func(d time.Duration, ok, okStrict bool) {
 			t.Helper()
-			if _, err := v.Verify(token); (err == nil) != ok {
+			if _, err := v.Verify(t.Context(), token); (err == nil) != ok {
 				t.Errorf("after %s with 10 s leeway: %v", d, err)
 			}
-			if _, err := strict.Verify(token); (err == nil) != okStrict {
+			if _, err := strict.Verify(t.Context(), token); (err == nil) != okStrict {
 				t.Errorf("after %s without leeway: %v", d, err)
 			}
 		}
@@ -222,7 +222,7 @@ func TestMintVerifyRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(word, err)
 		}
-		out, err := verifier(t, 0).Verify(token)
+		out, err := verifier(t, 0).Verify(t.Context(), token)
 		if err != nil {
 			t.Fatal(word, err)
 		}
@@ -296,12 +296,12 @@ func FuzzVerify(f *testing.F) {
 	f.Add("")
 	v := ofSet(f, auth.Config{Secret: secret}, k.rsa.public(), k.ec.public(), k.ed.public(), edKey.public())
 	for _, token := range known {
-		if _, err := v.Verify(token); err != nil {
+		if _, err := v.Verify(f.Context(), token); err != nil {
 			f.Fatal(err)
 		}
 	}
 	f.Fuzz(func(t *testing.T, token string) {
-		p, err := v.Verify(token)
+		p, err := v.Verify(t.Context(), token)
 		// Nobody comes in who was not given exactly this token.
 		if err == nil && !slices.Contains(known, token) {
 			t.Fatalf("accepted %q as %+v", token, p)
@@ -327,7 +327,7 @@ func FuzzClaims(f *testing.F) {
 			t.Fatal(err)
 		}
 		token := signed + "." + enc.EncodeToString(sig)
-		p, err := v.Verify(token)
+		p, err := v.Verify(t.Context(), token)
 		if err != nil {
 			return
 		}
@@ -346,7 +346,7 @@ func BenchmarkVerify(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := v.Verify(token); err != nil {
+				if _, err := v.Verify(b.Context(), token); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -216,8 +216,9 @@ func (p *Publisher) serve(c conn, l *link) error {
 	// Not the publisher's context: a read that it ends would cut the connection.
 	ctx := context.WithoutCancel(p.life)
 	var err error
+	pause := ratePause
 	for epoch := ""; err == nil; {
-		err = p.receive(ctx, c, l, &epoch)
+		err = p.receive(ctx, c, l, &epoch, &pause)
 	}
 	stop()
 	if !stay() {
@@ -225,11 +226,20 @@ func (p *Publisher) serve(c conn, l *link) error {
 	}
 	c.cut()
 	sending.Wait()
+	if schema.CodeOf(err) == schema.Code_CODE_RATE_EXCEEDED {
+		// Now that nothing is sent any more: each publish behind the one that was too fast would be refused as it was.
+		p.rest(pause)
+	}
 	return err
 }
 
-// send sends what is queued. When it cannot, receive finds out why.
+// send asks for the welcome, which says how fast one may publish, and then sends what is queued. When it cannot, receive finds out why.
 func (p *Publisher) send(ctx context.Context, c conn) {
+	// Who asks is known from the connection's beginning.
+	hello, err := proto.Marshal(&schema.ClientFrame{Frame: &schema.ClientFrame_Hello{Hello: &schema.Hello{}}})
+	if err != nil || c.send(ctx, hello) != nil {
+		return
+	}
 	for {
 		p.mu.Lock()
 		var u *underWay
@@ -252,8 +262,8 @@ func (p *Publisher) send(ctx context.Context, c conn) {
 	}
 }
 
-// receive takes one frame. The error ends the connection, and the publisher too where that was ended.
-func (p *Publisher) receive(ctx context.Context, c conn, l *link, epoch *string) error {
+// receive takes one frame, and keeps what later ones need to be understood: the session's epoch, and the pause after a publish that was too fast. The error ends the connection, and the publisher too where that was ended.
+func (p *Publisher) receive(ctx context.Context, c conn, l *link, epoch *string, pause *time.Duration) error {
 	msg, err := c.receive(ctx)
 	if err != nil {
 		return p.fatal(err, final(err))
@@ -263,6 +273,8 @@ func (p *Publisher) receive(ctx context.Context, c conn, l *link, epoch *string)
 		return fmt.Errorf("client: the edge sent what is no frame: %w", err)
 	}
 	switch m := frame.GetFrame().(type) {
+	case *schema.ServerFrame_Welcome:
+		*pause = pauseFor(m.Welcome.GetLimits())
 	case *schema.ServerFrame_Published:
 		l.progress()
 		for _, a := range m.Published.GetAcks() {
@@ -275,9 +287,6 @@ func (p *Publisher) receive(ctx context.Context, c conn, l *link, epoch *string)
 		}
 	case *schema.ServerFrame_Rejected:
 		r := m.Rejected
-		if r.GetCode() == schema.Code_CODE_RATE_EXCEEDED {
-			p.rest()
-		}
 		return p.fatal(&schema.Refusal{Code: r.GetCode(), Message: r.GetMessage(), Head: r.GetHeadSeq(), Expected: r.GetExpected()}, !p.mends(r))
 	case *schema.ServerFrame_Error:
 		e := m.Error
@@ -295,12 +304,28 @@ func (p *Publisher) fatal(err error, ends bool) error {
 	return err
 }
 
-// ratePause is how long a publisher rests that was too fast for its edge: about what a burst takes to come back, so that connecting again gains no more than waiting.
-const ratePause = 2 * time.Second
+// How long a publisher rests that was too fast for its edge: what a burst takes to come back, so that connecting again gains no more than waiting.
+const (
+	// ratePause where the edge has not said how fast one may be: that of the default limits.
+	ratePause = 2 * time.Second
+	// Whatever an edge says, a publisher neither hurries nor sleeps beyond these.
+	minRatePause = 50 * time.Millisecond
+	maxRatePause = 30 * time.Second
+)
 
-// rest waits, unless the publisher ends. What is under way behind a publish that was too fast was rejected with it.
-func (p *Publisher) rest() {
-	t := time.NewTimer(ratePause)
+// pauseFor is the pause under an edge's limits.
+func pauseFor(l *schema.Limits) time.Duration {
+	rate := l.GetEnvelopesPerSecond()
+	if rate <= 0 {
+		return ratePause
+	}
+	seconds := min(float64(l.GetBurstEnvelopes())/rate, maxRatePause.Seconds())
+	return max(time.Duration(seconds*float64(time.Second)), minRatePause)
+}
+
+// rest waits for so long, unless the publisher ends.
+func (p *Publisher) rest(pause time.Duration) {
+	t := time.NewTimer(pause)
 	defer t.Stop()
 	select {
 	case <-t.C:

@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/proto"
 
 	"tidemark/broker"
@@ -32,7 +33,9 @@ type world struct {
 	log    *away
 	net    *network
 	edges  map[string]*edge
-	limits gateway.Limits // of the edges to be started
+	// Of the edges to be started.
+	limits  gateway.Limits
+	metrics prometheus.Registerer // nil for nowhere
 }
 
 // away is the model of the log, which can refuse publishes as if NATS were gone.
@@ -85,12 +88,12 @@ func (w *world) must(err error) {
 	}
 }
 
-func (w *world) verify(token string) (*auth.Principal, error) {
+func (w *world) verify(ctx context.Context, token string) (*auth.Principal, error) {
 	v, err := auth.NewVerifier(auth.Config{Secret: secret})
 	if err != nil {
 		return nil, err
 	}
-	return v.Verify(token)
+	return v.Verify(ctx, token)
 }
 
 // starts has a way to run an edge for each transport: serve blocks until ctx ends or drain was called.
@@ -119,7 +122,7 @@ var starts = map[string]func(w *world, g *gateway.Gateway, l net.Listener) (serv
 // start runs an edge under this address.
 func (w *world) start(host string) {
 	w.Helper()
-	g, err := gateway.New(gateway.Config{Log: w.log, Verify: w.verify, Limits: w.limits})
+	g, err := gateway.New(gateway.Config{Log: w.log, Verify: w.verify, Limits: w.limits, Metrics: w.metrics})
 	w.must(err)
 	l := w.net.listen(host)
 	ctx, stop := context.WithCancel(w.Context())

@@ -26,7 +26,7 @@ type attachment struct {
 	ended   atomic.Bool // its last frame is written, or about to be; set by the writer
 	back    atomic.Bool // what was opened or fetched is there; set by the task, taken by the writer
 
-	// Owned by the task that opens or fetches until back is set, and by the writer otherwise.
+	// Owned by the task that opens, fetches or asks until back is set, and by the writer otherwise.
 	placed   bool // it holds a place of the user's in the session; see enter
 	follower *broker.Follower
 	batch    broker.Batch
@@ -69,7 +69,7 @@ func (c *conn) attach(m *schema.Attach) error {
 			return err
 		}
 		r := schema.AsRefusal(err)
-		c.g.refused(r.Code)
+		c.g.Refused(r.Code)
 		c.reply(errorFrame(r, channel))
 		return nil
 	}

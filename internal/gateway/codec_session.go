@@ -24,14 +24,14 @@ type sessionCodec struct{}
 
 func (sessionCodec) receive(c *conn, msg []byte) error {
 	e, err := schema.ParseJSON(msg)
-	if err != nil {
-		if schema.CodeOf(err) == schema.Code_CODE_UNKNOWN_TYPE && isRefresh(msg) {
-			token, err := refreshToken(msg)
-			if err != nil {
-				return err
-			}
+	if schema.CodeOf(err) == schema.Code_CODE_UNKNOWN_TYPE {
+		if token, is, wrong := parseRefresh(msg); wrong != nil {
+			return wrong
+		} else if is {
 			return c.refresh(token)
 		}
+	}
+	if err != nil {
 		return err
 	}
 	p := c.admit(0, len(msg))
@@ -66,42 +66,38 @@ func (c *conn) sessionEnvelope(p *pending, e *schema.Envelope) error {
 	return c.aim(p, nil, 0)
 }
 
-// isRefresh says whether a message, which is a JSON object with a type that is no envelope's, is a refresh.
-func isRefresh(msg []byte) bool {
-	var m map[string]json.RawMessage
-	var kind string
-	return json.Unmarshal(msg, &m) == nil && json.Unmarshal(m["type"], &kind) == nil && kind == "refresh"
-}
-
-// refreshToken is the token in a refresh. Its errors name keys, never values.
-func refreshToken(msg []byte) (string, error) {
+// parseRefresh takes the token out of a refresh, where the message, which is valid JSON with a type that is no envelope's, is one. Its errors name keys, never values.
+func parseRefresh(msg []byte) (token string, is bool, err error) {
 	var m, data map[string]json.RawMessage
-	if err := json.Unmarshal(msg, &m); err != nil {
-		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The message is not valid JSON.")
+	var kind string
+	if json.Unmarshal(msg, &m) != nil || json.Unmarshal(m["type"], &kind) != nil || kind != "refresh" {
+		return "", false, nil
+	}
+	wrong := func(sentence string) (string, bool, error) {
+		return "", true, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "%s", sentence)
 	}
 	for key := range m {
 		switch key {
 		case "type", "timestamp", "data":
 		default:
-			return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "A refresh has type, timestamp and data, and nothing else.")
+			return wrong("A refresh has type, timestamp and data, and nothing else.")
 		}
 	}
-	if m["data"] == nil {
-		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Missing required field 'data'")
+	switch raw := m["data"]; {
+	case raw == nil:
+		return wrong("Missing required field 'data'")
+	case json.Unmarshal(raw, &data) != nil:
+		return wrong("Field 'data' must be an object.")
 	}
-	if err := json.Unmarshal(m["data"], &data); err != nil {
-		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Field 'data' must be an object.")
-	}
-	var token string
 	switch raw := data["token"]; {
 	case raw == nil:
-		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Missing required field 'token'")
+		return wrong("Missing required field 'token'")
 	case len(data) > 1:
-		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The data of a refresh has a token, and nothing else.")
+		return wrong("The data of a refresh has a token, and nothing else.")
 	case json.Unmarshal(raw, &token) != nil:
-		return "", schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Field 'token' must be a string.")
+		return wrong("Field 'token' must be a string.")
 	}
-	return token, nil
+	return token, true, nil
 }
 
 func (sessionCodec) events(w *writer, _ *attachment, b *broker.Batch) {
@@ -179,7 +175,8 @@ type (
 		LastSeq uint64 `json:"last_seq"`
 	}
 	sessionRefreshed struct {
-		Expires string `json:"expires"`
+		// Expires is left out where the token does not expire.
+		Expires string `json:"expires,omitempty"`
 	}
 	sessionError struct {
 		Error   string `json:"error"`
@@ -217,7 +214,11 @@ func (sessionCodec) frame(w *writer, f *schema.ServerFrame) {
 		data.LastSeq = w.single.through
 		appendData(w, "going_away", data)
 	case *schema.ServerFrame_Refreshed:
-		appendData(w, "refreshed", sessionRefreshed{Expires: m.Refreshed.GetExpires().AsTime().UTC().Format(time.RFC3339)})
+		var data sessionRefreshed
+		if at := m.Refreshed.GetExpires(); at != nil {
+			data.Expires = at.AsTime().UTC().Format(time.RFC3339)
+		}
+		appendData(w, "refreshed", data)
 	case *schema.ServerFrame_Error:
 		e := m.Error
 		appendData(w, "error", sessionError{

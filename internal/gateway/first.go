@@ -13,8 +13,8 @@ import (
 // ends behind the last envelope of a session that had ended before.
 
 const (
-	// openTimeout is how long a session socket waits to be told where its session stands: as long as publishes are held while NATS is away. Behind it the connection ends with unavailable, so
-	// that the client tries another edge.
+	// openTimeout is how long a session socket waits to be told where its session stands: as long as a log of the default configuration ([broker.Config].HoldFor) holds publishes while NATS is away.
+	// Behind it the connection ends with unavailable, so that the client tries another edge.
 	openTimeout = 10 * time.Second
 	// askTimeout bounds what a follower waits for before its first envelope, which is there.
 	askTimeout = time.Second
@@ -86,7 +86,6 @@ func (a *attachment) ask() {
 
 // begun tells what ask has found, and then what begins there.
 func (w *writer) begun(a *attachment) {
-	a.phase = live
 	f := a.attachedFrame()
 	m := f.GetAttached()
 	m.Epoch, m.FirstSeq, m.HeadSeq, m.Status = a.stands.Epoch, a.stands.First, a.stands.Head, a.stands.Status

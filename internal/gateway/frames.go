@@ -52,7 +52,7 @@ func (c *conn) hello(m *schema.Hello) error {
 	}
 	c.greeted = true
 	if c.principal == nil {
-		p, err := c.g.cfg.Verify(m.GetToken())
+		p, err := c.g.cfg.Verify(c.ctx, m.GetToken())
 		if err != nil {
 			return err
 		}

@@ -31,14 +31,16 @@ const (
 	DefaultMaxInFlight = 16 << 10
 	// DefaultMaxInFlightBytes bounds their bytes.
 	DefaultMaxInFlightBytes = 4 << 20
+	// LargestInFlightBytes is the most that this can be set to.
+	LargestInFlightBytes = 1 << 30
 )
 
 // Config says how a gateway serves.
 type Config struct {
 	// Log is where envelopes go and come from. Required.
 	Log broker.Log
-	// Verify says who the bearer of a token is, for hello. Required. The error is a [*schema.Refusal].
-	Verify func(token string) (*auth.Principal, error)
+	// Verify says who the bearer of a token is, for hello and refresh. Required. The error is a [*schema.Refusal]. It may wait, while ctx lasts.
+	Verify func(ctx context.Context, token string) (*auth.Principal, error)
 	// KeysReady is nil while tokens can be verified, otherwise a refusal that says why not; [Gateway.Ready] asks it. Optional: without it, tokens always can.
 	KeysReady func() error
 	// Version of the server, for the welcome. Optional.
@@ -53,13 +55,13 @@ type Config struct {
 	// DrainGrace is how long a draining gateway goes on serving after going_away. Default [DefaultDrainGrace]; negative for none.
 	DrainGrace time.Duration
 
-	// MaxConnections at once. Default [DefaultMaxConnections].
+	// MaxConnections at once, at most [Largest]. Default [DefaultMaxConnections].
 	MaxConnections int
-	// MaxInFlight and MaxInFlightBytes bound the publishes of one connection that are not answered yet; beyond that nothing more is read from it. Defaults [DefaultMaxInFlight] and
-	// [DefaultMaxInFlightBytes].
+	// MaxInFlight and MaxInFlightBytes bound the publishes of one connection that are not answered yet; beyond that nothing more is read from it. At most
+	// [Largest] and [LargestInFlightBytes]; defaults [DefaultMaxInFlight] and [DefaultMaxInFlightBytes].
 	MaxInFlight      int
 	MaxInFlightBytes int
-	// Limits bound what one client may do. The zero value is no limit but those above.
+	// Limits bound what one client may do. The zero value is none but [Limits].Sessions and those above.
 	Limits Limits
 
 	// Logger gets what happens to connections, never what they carry. Default: discarded.
@@ -81,6 +83,14 @@ func (c *Config) validate() error {
 	defaultTo(&c.MaxInFlightBytes, DefaultMaxInFlightBytes)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	switch {
+	case c.MaxConnections < 0 || c.MaxConnections > Largest:
+		return errTooFar("MaxConnections", Largest)
+	case c.MaxInFlight < 0 || c.MaxInFlight > Largest:
+		return errTooFar("MaxInFlight", Largest)
+	case c.MaxInFlightBytes < 0 || c.MaxInFlightBytes > LargestInFlightBytes:
+		return errTooFar("MaxInFlightBytes", LargestInFlightBytes)
 	}
 	return c.Limits.validate()
 }
@@ -131,7 +141,7 @@ func (g *Gateway) Serve(ctx context.Context, p Peer) error {
 	defer c.stop()
 	if err := g.admit(c); err != nil {
 		g.metrics.closes.WithLabelValues(schema.CodeOf(err).Word()).Inc()
-		g.refused(schema.CodeOf(err))
+		g.Refused(schema.CodeOf(err))
 		r := schema.AsRefusal(err)
 		p.Transport.Close(r.Code, r.Message)
 		return err
@@ -142,7 +152,7 @@ func (g *Gateway) Serve(ctx context.Context, p Peer) error {
 	g.metrics.connections.WithLabelValues(protocol).Dec()
 	g.metrics.closes.WithLabelValues(end.word()).Inc()
 	if end.refusal != nil {
-		g.refused(end.refusal.Code)
+		g.Refused(end.refusal.Code)
 	}
 	c.logged(end, began)
 	g.forget(c)
@@ -174,7 +184,7 @@ func (g *Gateway) Admits() error {
 	err := g.admits()
 	g.mu.Unlock()
 	if err != nil {
-		g.refused(schema.CodeOf(err))
+		g.Refused(schema.CodeOf(err))
 	}
 	return err
 }
@@ -208,11 +218,19 @@ func (g *Gateway) Ready() error {
 	if err != nil {
 		return err
 	}
-	if s := g.cfg.Log.Status(); !s.Ready {
-		return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "%s", s.Reason)
+	if err := g.LogReady(); err != nil {
+		return err
 	}
 	if g.cfg.KeysReady != nil {
 		return g.cfg.KeysReady()
+	}
+	return nil
+}
+
+// LogReady is nil while the log is ready, otherwise a refusal that says why not.
+func (g *Gateway) LogReady() error {
+	if s := g.cfg.Log.Status(); !s.Ready {
+		return schema.Refuse(schema.Code_CODE_UNAVAILABLE, "%s", s.Reason)
 	}
 	return nil
 }

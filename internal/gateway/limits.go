@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"errors"
+	"fmt"
 	"math"
 
 	"tidemark/schema"
@@ -31,6 +32,9 @@ func DefaultLimits() Limits {
 	return Limits{User: Rate{10, 20}, Agent: Rate{5_000, 10_000}, UserConnections: 5, Sessions: schema.MaxAttachedSessions}
 }
 
+// Largest is the largest number that a limit may have: the welcome tells it to clients in 32 bits.
+const Largest = 1_000_000_000
+
 func (l *Limits) validate() error {
 	defaultTo(&l.Sessions, schema.MaxAttachedSessions)
 	for _, r := range []Rate{l.User, l.Agent} {
@@ -40,11 +44,18 @@ func (l *Limits) validate() error {
 		if r.PerSecond > 0 && r.Burst < 1 {
 			return errors.New("gateway: a rate in Limits needs a burst of at least 1")
 		}
+		if r.Burst < 0 || r.Burst > Largest {
+			return errTooFar("a burst in Limits", Largest)
+		}
 	}
-	if l.UserConnections < 0 || l.Sessions < 0 {
-		return errors.New("gateway: a number in Limits is negative")
+	if l.UserConnections < 0 || l.UserConnections > Largest || l.Sessions < 0 || l.Sessions > Largest {
+		return errTooFar("a number in Limits", Largest)
 	}
 	return nil
+}
+
+func errTooFar(what string, most int) error {
+	return fmt.Errorf("gateway: %s is not within 0 and %d", what, most)
 }
 
 // rate is the role's.
@@ -70,49 +81,54 @@ type Limit int
 
 // The limits.
 const (
-	// LimitRate: envelopes a second. rate_exceeded.
+	// LimitRate: envelopes a second.
 	LimitRate Limit = iota
-	// LimitMessageBytes: an envelope or a message. too_large.
+	// LimitMessageBytes: an envelope or a message.
 	LimitMessageBytes
-	// LimitConnections: those of the edge. limit_exceeded.
+	// LimitConnections: those of the edge.
 	LimitConnections
-	// LimitUserConnections: one user's in one session. too_many_connections.
+	// LimitUserConnections: one user's in one session.
 	LimitUserConnections
-	// LimitSessions: those that one connection follows. too_many_sessions.
+	// LimitSessions: those that one connection follows.
 	LimitSessions
 	// LimitInFlight: one connection's publishes that are not answered. It is not refused: the edge reads no further until some are.
 	LimitInFlight
-	// LimitOrigin: pages that may connect. origin_not_allowed.
+	// LimitOrigin: pages that may connect.
 	LimitOrigin
 )
 
-// limitWords are the limits as the metric names them.
-var limitWords = [...]string{ //nolint:gochecknoglobals // a table that nothing writes
-	LimitRate: "rate", LimitMessageBytes: "message_bytes", LimitConnections: "connections", LimitUserConnections: "user_connections",
-	LimitSessions: "sessions", LimitInFlight: "in_flight", LimitOrigin: "origin",
+// limits are the limits as the metric names them, and as whoever is over them is refused.
+var limits = [...]struct { //nolint:gochecknoglobals // a table that nothing writes
+	word string
+	code schema.Code
+}{
+	LimitRate:            {"rate", schema.Code_CODE_RATE_EXCEEDED},
+	LimitMessageBytes:    {"message_bytes", schema.Code_CODE_TOO_LARGE},
+	LimitConnections:     {"connections", schema.Code_CODE_LIMIT_EXCEEDED},
+	LimitUserConnections: {"user_connections", schema.Code_CODE_TOO_MANY_CONNECTIONS},
+	LimitSessions:        {"sessions", schema.Code_CODE_TOO_MANY_SESSIONS},
+	LimitInFlight:        {"in_flight", schema.Code_CODE_UNSPECIFIED},
+	LimitOrigin:          {"origin", schema.Code_CODE_ORIGIN_NOT_ALLOWED},
 }
 
 // String is the limit as the metric names it.
-func (l Limit) String() string { return limitWords[l] }
+func (l Limit) String() string { return limits[l].word }
 
-// Exceeded counts that a client hit a limit. The gateway counts what it refuses itself; edges call it for what they refuse before a connection is made. It may be called concurrently.
-func (g *Gateway) Exceeded(l Limit) { g.metrics.limits[l].Inc() }
-
-// refused counts a refusal that is told to a client, where it is a limit's.
-func (g *Gateway) refused(c schema.Code) {
-	switch c {
-	case schema.Code_CODE_RATE_EXCEEDED:
-		g.Exceeded(LimitRate)
-	case schema.Code_CODE_TOO_LARGE:
-		g.Exceeded(LimitMessageBytes)
-	case schema.Code_CODE_LIMIT_EXCEEDED:
-		g.Exceeded(LimitConnections)
-	case schema.Code_CODE_TOO_MANY_CONNECTIONS:
-		g.Exceeded(LimitUserConnections)
-	case schema.Code_CODE_TOO_MANY_SESSIONS:
-		g.Exceeded(LimitSessions)
-	case schema.Code_CODE_ORIGIN_NOT_ALLOWED:
-		g.Exceeded(LimitOrigin)
-	default:
+// Refused counts a refusal that a client is told, where it is a limit's. The gateway counts what it says itself on connections, and what [Gateway.Admits] returns; edges call it, once each, for what
+// they refuse without a connection of the gateway. It may be called concurrently.
+func (g *Gateway) Refused(c schema.Code) {
+	for l := range limits {
+		if limits[l].code == c && c != schema.Code_CODE_UNSPECIFIED {
+			g.exceeded(Limit(l))
+		}
 	}
 }
+
+// RefuseOrigin is what a browser is told whose page may not connect; it is counted. It may be called concurrently.
+func (g *Gateway) RefuseOrigin() *schema.Refusal {
+	g.exceeded(LimitOrigin)
+	return schema.Refuse(schema.Code_CODE_ORIGIN_NOT_ALLOWED, "Pages of this origin may not connect; the server's configuration names those that may.")
+}
+
+// exceeded counts that a client hit a limit.
+func (g *Gateway) exceeded(l Limit) { g.metrics.limits[l].Inc() }

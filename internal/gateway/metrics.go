@@ -20,7 +20,7 @@ type metrics struct {
 	closes       *prometheus.CounterVec
 	// limits are the counters of exceeded, by [Limit]: looked up once, because a client that is over its rate makes us count at its own.
 	exceeded *prometheus.CounterVec
-	limits   [len(limitWords)]prometheus.Counter
+	limits   [len(limits)]prometheus.Counter
 	// fetches counts the times that a follower was behind the tail and read the log: the fallback of a slow reader (I8).
 	fetches        prometheus.Counter
 	publishSeconds prometheus.Histogram
@@ -58,8 +58,8 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
 		}),
 	}
-	for l, word := range limitWords {
-		m.limits[l] = m.exceeded.WithLabelValues(word)
+	for l := range limits {
+		m.limits[l] = m.exceeded.WithLabelValues(Limit(l).String())
 	}
 	if r == nil {
 		return m, nil

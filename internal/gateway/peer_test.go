@@ -51,7 +51,7 @@ func bubble(t *testing.T, change func(*Config), test func(w *world)) {
 }
 
 // verify knows tokens of the form role:sessions, for tenant default.
-func verify(token string) (*auth.Principal, error) {
+func verify(_ context.Context, token string) (*auth.Principal, error) {
 	role, sessions, ok := strings.Cut(token, ":")
 	if !ok || auth.ParseRole(role) == schema.Role_ROLE_UNSPECIFIED {
 		return nil, schema.Refuse(schema.Code_CODE_UNAUTHENTICATED, "The token is not one of the test's.")

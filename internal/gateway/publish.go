@@ -122,7 +122,7 @@ type pending struct {
 func (c *conn) admit(id uint64, size int) *pending {
 	for full := false; c.inFlight.Load() >= int64(c.g.cfg.MaxInFlight) || c.inFlightBytes.Load() >= int64(c.g.cfg.MaxInFlightBytes); full = true {
 		if !full {
-			c.g.Exceeded(LimitInFlight)
+			c.g.exceeded(LimitInFlight)
 		}
 		if !c.waitForRoom() {
 			return nil

@@ -22,7 +22,8 @@ func (r Rate) exceeded(p *auth.Principal) error {
 		auth.RoleWord(p.Role), r.PerSecond, r.Burst)
 }
 
-// spend takes n envelopes from what the connection may publish now; a refusal with rate_exceeded where it has not so many left. Called by the reader, before any work is done for them.
+// spend takes n envelopes from what the connection may publish now; a refusal with rate_exceeded where it has not so many left. Called by the reader, when it has taken the message apart and there is room
+// in flight, before rights are looked at and the log hears of it.
 //
 // A connection that never publishes has no limiter. A new one begins with the whole burst: who connects again and again is slowed by connecting.
 func (c *conn) spend(n int, now time.Time) error {
@@ -115,8 +116,8 @@ func (b *buckets) evict(now time.Time) {
 	}
 }
 
-// Allow takes n envelopes from what the principal may publish now without a connection, in calls that are no streams: nil, or a refusal with rate_exceeded, which is counted. It may be called
-// concurrently.
+// Allow takes n envelopes from what the principal may publish now without a connection, in calls that are no streams: nil, or a refusal with rate_exceeded, which the caller counts ([Gateway.Refused])
+// with whatever else it refuses. It may be called concurrently.
 func (g *Gateway) Allow(p *auth.Principal, n int) error {
 	r := g.cfg.Limits.rate(p.Role)
 	if r.PerSecond == 0 {
@@ -126,6 +127,5 @@ func (g *Gateway) Allow(p *auth.Principal, n int) error {
 	if g.calls.bucket(caller{p.Tenant, p.Subject, p.Role}, r, now).AllowN(now, r.cost(n)) {
 		return nil
 	}
-	g.Exceeded(LimitRate)
 	return r.exceeded(p)
 }

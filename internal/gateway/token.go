@@ -36,7 +36,7 @@ func (c *conn) refresh(token string) error {
 	if err := c.spend(1, time.Now()); err != nil {
 		return err
 	}
-	p, err := c.g.cfg.Verify(token)
+	p, err := c.g.cfg.Verify(c.ctx, token)
 	if err != nil {
 		return err
 	}

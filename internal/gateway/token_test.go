@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"tidemark/broker"
 	"tidemark/internal/auth"
 	"tidemark/schema"
 )
@@ -40,7 +41,7 @@ func (k ticket) principal() *auth.Principal {
 
 // tickets is a configuration that believes in them.
 func tickets(c *Config) {
-	c.Verify = func(token string) (*auth.Principal, error) {
+	c.Verify = func(_ context.Context, token string) (*auth.Principal, error) {
 		var k ticket
 		if json.Unmarshal([]byte(token), &k) != nil || auth.ParseRole(k.Role) == schema.Role_ROLE_UNSPECIFIED {
 			return nil, schema.Refuse(schema.Code_CODE_UNAUTHENTICATED, "The token is not one of the test's.")
@@ -413,18 +414,7 @@ func TestRefreshNarrowsWhatIsOpening(t *testing.T) {
 		p.renew(k.token())
 		want[*schema.ServerFrame_Refreshed](p)
 		close(slow.held)
-		for {
-			f := p.next()
-			if e := f.GetError(); e != nil {
-				if e.GetChannel() != 1 || e.GetCode() != schema.Code_CODE_FORBIDDEN {
-					t.Errorf("got %v", e)
-				}
-				break
-			}
-			if f.GetAttached() == nil {
-				w.Fatalf("got %v", f)
-			}
-		}
+		p.wantError(1, schema.Code_CODE_FORBIDDEN, "no access")
 		p.wantNothing()
 		p.leave()
 	})
@@ -439,6 +429,43 @@ func TestRefreshNarrowsASingleSession(t *testing.T) {
 		heard := p.listen()
 		p.renew(k.token())
 		if said := <-heard; len(said) != 3 || said[0] != "attached" || said[2] != "error forbidden" {
+			t.Errorf("it said %v", said)
+		}
+		if err := p.wantClosed(schema.Code_CODE_FORBIDDEN, "no access"); err == nil {
+			t.Error("Serve returned nil")
+		}
+	})
+}
+
+// slowAsks is a log that does not say where a session stands by now that was empty.
+type slowAsks struct {
+	broker.Log
+	held chan struct{}
+}
+
+func (l *slowAsks) Follow(ctx context.Context, id schema.SessionID, o broker.FollowOptions) (*broker.Follower, error) {
+	if o.Epoch != "" {
+		<-l.held
+	}
+	return l.Log.Follow(ctx, id, o)
+}
+
+// TestRefreshNarrowsWhatBegins: neither where the session stands that has just begun, nor its first envelope, is told behind the answer to the refresh that took it away.
+func TestRefreshNarrowsWhatBegins(t *testing.T) {
+	bubble(t, tickets, func(w *world) {
+		slow := &slowAsks{Log: w.log, held: make(chan struct{})}
+		w.g.cfg.Log = slow
+		p := w.dial(Peer{Protocol: SessionJSON, Principal: adas.principal(), Session: "s", Follow: &schema.Attach{Session: "s"}})
+		heard := p.listen()
+		synctest.Wait()
+		w.fill("s", "secret")
+		synctest.Wait()
+		k := adas
+		k.Sessions = []string{"t"}
+		p.renew(k.token())
+		synctest.Wait()
+		close(slow.held)
+		if said := <-heard; len(said) != 3 || said[0] != "attached" || !strings.HasPrefix(said[1], "refreshed") || said[2] != "error forbidden" {
 			t.Errorf("it said %v", said)
 		}
 		if err := p.wantClosed(schema.Code_CODE_FORBIDDEN, "no access"); err == nil {

@@ -26,8 +26,8 @@ type Transport interface {
 	Send(ctx context.Context, messages [][]byte) error
 
 	// Close ends the connection: it tells the peer the code and the sentence, in the way the transport has for that, and returns when the connection is closed, after seconds at the most. The
-	// zero code is an end without a fault, about which the message may say a word. A Receive or Send that is blocked returns; where a Send is under way there is nothing to be told, and the connection is cut. Only the first call
-	// counts.
+	// zero code is an end without a fault, about which the message may say a word. A Receive or Send that is blocked returns; where a Send is under way there is nothing to be told, and the
+	// connection is cut. Only the first call counts.
 	Close(code schema.Code, message string)
 }
 

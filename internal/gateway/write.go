@@ -178,7 +178,7 @@ func (w *writer) answer() {
 		if n == 0 {
 			p := w.answered[i]
 			m.rejected(p.refusal.Code)
-			w.c.g.refused(p.refusal.Code)
+			w.c.g.Refused(p.refusal.Code)
 			w.c.codec.rejected(w, p)
 			n = 1
 		} else {
@@ -337,10 +337,14 @@ func (w *writer) turn(a *attachment) {
 			return
 		}
 	case asking:
-		if a.back.Swap(false) && !a.ended.Load() {
-			w.begun(a)
+		if !a.back.Swap(false) {
+			return
 		}
-		return
+		a.phase = live
+		if !a.leaving() {
+			w.begun(a)
+			return
+		}
 	case waiting, live:
 	}
 	if a.ended.Load() {
@@ -387,7 +391,8 @@ func (w *writer) opened(a *attachment) bool {
 	}
 	at := a.follower.Attachment()
 	a.through, a.told, a.tellEpoch = at.After, at.After, at.Epoch == ""
-	if !a.detach.Load() {
+	// Behind the refreshed of the token that took the session away nothing is said of it, either.
+	if !a.leaving() {
 		w.c.codec.frame(w, a.attachedFrame())
 	}
 	if a.channel == 0 {
@@ -467,7 +472,7 @@ func (w *writer) ended(a *attachment, err error) {
 		w.c.fail(err)
 	default:
 		r := schema.AsRefusal(err)
-		w.c.g.refused(r.Code)
+		w.c.g.Refused(r.Code)
 		w.c.codec.frame(w, errorFrame(r, a.channel))
 	}
 }
