@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"tidemark/schema"
@@ -63,11 +64,14 @@ type presence struct {
 	metrics *presenceMetrics
 	// beatNow and tidyNow hold one token each: there is something to do.
 	beatNow, tidyNow chan struct{}
-	// beating is held by who writes or removes the edge's lease; beat, the revision of its last, is theirs.
+	// beating is held by who writes or removes the edge's lease; beat, the revision of its last, and beats, how the writing goes, are theirs.
 	beating chan struct{}
 	beat    uint64
+	beats   series
+	// tidying is how the writing of records goes. It is tidyAll's.
+	tidying series
 
-	mu     sync.Mutex
+	mu     sync.Mutex // guards all below
 	places map[user]*place
 	// dirty are those of the places whose records may not say what is held.
 	dirty map[*place]bool
@@ -104,6 +108,14 @@ type place struct {
 
 func newPresence(l *JetStreamLog) *presence {
 	return &presence{
+		beats: series{
+			logger: l.logger, works: "this edge's lease is written again",
+			fails: "this edge's lease cannot be written; while that lasts, users may be refused as unavailable",
+		},
+		tidying: series{
+			logger: l.logger, works: "the connections of users to this edge are written down again",
+			fails: "the connections of users to this edge cannot be written down; until they are, other edges count them as they were",
+		},
 		log: l, logger: l.logger, holder: newHolder(l.edge), metrics: newPresenceMetrics(l.cfg.Metrics), places: map[user]*place{}, dirty: map[*place]bool{},
 		beatNow: make(chan struct{}, 1), tidyNow: make(chan struct{}, 1), beating: make(chan struct{}, 1),
 	}
@@ -122,13 +134,10 @@ func (l *JetStreamLog) Enter(ctx context.Context, id schema.SessionID, subject s
 		return leave, nil
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
-	case schema.CodeOf(err) == schema.Code_CODE_TOO_MANY_CONNECTIONS:
-		l.presence.metrics.refused.Inc()
-		return nil, err
-	case schema.CodeOf(err) == schema.Code_CODE_GOING_AWAY:
+	case schema.CodeOf(err) == schema.Code_CODE_TOO_MANY_CONNECTIONS, schema.CodeOf(err) == schema.Code_CODE_GOING_AWAY:
 		return nil, err
 	}
-	r := schema.Refuse(schema.Code_CODE_UNAVAILABLE, "How many connections the user has to session %s cannot be told, because NATS does not answer; try again in a moment.", id)
+	r := schema.Refuse(schema.Code_CODE_UNAVAILABLE, "How many connections the user has to session %s cannot be told just now; try again in a moment.", id)
 	r.Err = err
 	return nil, r
 }
@@ -243,15 +252,16 @@ func (p *presence) whileLeased(ctx context.Context, fn func() error) error {
 // lose notes that the lease is not there. What was read of the bucket's records is void.
 func (p *presence) lose(state leaseState) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if state == leaseNoBucket && p.state != leaseNoBucket && !p.closed {
-		p.logger.Warn("the deployment has no bucket for the presence of users; until a broker makes it, their connections are counted on each edge by itself", "bucket", presenceBucket)
-	}
+	noBucket := state == leaseNoBucket && p.state != leaseNoBucket && !p.closed
 	if p.state == leaseHeld {
 		p.metrics.leasesLost.Inc()
 	}
 	p.lost++
 	p.state = state
+	p.mu.Unlock()
+	if noBucket {
+		p.logger.Warn("the deployment has no bucket for the presence of users; until a broker makes it, their connections are counted on each edge by itself", "bucket", presenceBucket)
+	}
 }
 
 // run keeps the lease and the records until ctx ends.
@@ -302,6 +312,7 @@ func (p *presence) beatOnce(ctx context.Context) error {
 		again = true
 		rev, err = p.putLease(ctx, 0)
 	}
+	p.beats.note(ctx, err)
 	switch {
 	case errors.Is(err, errNoBucket):
 		p.beat = 0
@@ -342,20 +353,63 @@ func (p *presence) tidyAll(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		var wg sync.WaitGroup
-		room := make(chan struct{}, maxTidying)
-		for _, pl := range p.takeDirty() {
-			room <- struct{}{}
-			wg.Go(func() {
-				defer func() { <-room }()
-				defer p.drop(pl)
-				if err := p.tidy(ctx, pl); err != nil {
-					// The next beat that succeeds has it tried again.
-					p.soil(pl)
-				}
-			})
+		dirty := p.takeDirty()
+		if len(dirty) == 0 {
+			continue
 		}
-		wg.Wait()
+		p.tidying.note(ctx, p.tidyThese(ctx, dirty))
+	}
+}
+
+// tidyThese brings the records of places that are taken to what is held, and drops them. The error is one of those that happened.
+func (p *presence) tidyThese(ctx context.Context, dirty []*place) error {
+	var wg sync.WaitGroup
+	room := make(chan struct{}, maxTidying)
+	failed := make(chan error, 1)
+	for _, pl := range dirty {
+		room <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-room }()
+			defer p.drop(pl)
+			if err := p.tidy(ctx, pl); err != nil {
+				// The next beat that succeeds has it tried again.
+				p.soil(pl)
+				select {
+				case failed <- err:
+				default:
+				}
+			}
+		})
+	}
+	wg.Wait()
+	select {
+	case err := <-failed:
+		return err
+	default:
+		return nil
+	}
+}
+
+// series is how something goes that is tried again and again, so that the log says when it begins to fail and when it works again, and not each time. Not for concurrent use.
+type series struct {
+	logger       *slog.Logger
+	fails, works string // what the log says
+	failing      bool
+}
+
+// note takes in the outcome of an attempt. What the end of ctx, or of the log, made of it is no failure.
+func (s *series) note(ctx context.Context, err error) {
+	switch {
+	case err == nil && s.failing:
+		s.failing = false
+		s.logger.Info(s.works, "bucket", presenceBucket)
+	case err == nil || s.failing || ctx.Err() != nil || errors.Is(err, nats.ErrConnectionClosed):
+	case errors.Is(err, errNoBucket):
+		// lose says it.
+		s.failing = true
+	default:
+		s.failing = true
+		s.logger.Warn(s.fails, "bucket", presenceBucket, "error", err)
 	}
 }
 
@@ -420,7 +474,6 @@ func signal(ch chan<- struct{}) {
 // presenceMetrics are presence's, as Prometheus counts them.
 type presenceMetrics struct {
 	places     prometheus.Gauge
-	refused    prometheus.Counter
 	leasesLost prometheus.Counter
 }
 
@@ -429,15 +482,12 @@ func newPresenceMetrics(r prometheus.Registerer) *presenceMetrics {
 		places: prometheus.NewGauge(prometheus.GaugeOpts{
 			Namespace: "tidemark", Subsystem: "presence", Name: "places", Help: "Places in sessions that users hold by their connections to this edge.",
 		}),
-		refused: prometheus.NewCounter(prometheus.CounterOpts{
-			Namespace: "tidemark", Subsystem: "presence", Name: "refused_total", Help: "Connections refused because the user had as many to the session as are allowed.",
-		}),
 		leasesLost: prometheus.NewCounter(prometheus.CounterOpts{
 			Namespace: "tidemark", Subsystem: "presence", Name: "leases_lost_total", Help: "Times that this edge had to write its lease and its users' places again.",
 		}),
 	}
 	if r != nil {
-		r.MustRegister(m.places, m.refused, m.leasesLost)
+		r.MustRegister(m.places, m.leasesLost)
 	}
 	return m
 }

@@ -3,8 +3,11 @@ package broker
 import (
 	"context"
 	"encoding/json"
+	"io"
 	"log/slog"
 	"maps"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +20,13 @@ import (
 
 // presenceOf opens a log in a bubble, on a deployment without a broker, and hands it to the test before it runs; run lets it.
 func presenceOf(t *testing.T, test func(t *testing.T, l *JetStreamLog, run func())) {
+	t.Helper()
+	presenceLogged(t, io.Discard, test)
+}
+
+// presenceLogged is presenceOf with a place for what the log says.
+func presenceLogged(t *testing.T, log io.Writer, test func(t *testing.T, l *JetStreamLog, run func())) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		node, err := natsd.Start(natsd.Config{DataDir: t.TempDir(), Durability: schema.Durability_DURABILITY_OS})
 		if err != nil {
@@ -31,7 +41,7 @@ func presenceOf(t *testing.T, test func(t *testing.T, l *JetStreamLog, run func(
 		if err := Provision(t.Context(), server, Layout{Streams: 1, Durability: schema.Durability_DURABILITY_OS}); err != nil {
 			t.Fatal(err)
 		}
-		l, err := Open(Config{Server: server, Edge: "an edge", Logger: slog.New(slog.DiscardHandler)})
+		l, err := Open(Config{Server: server, Edge: "an edge", Logger: slog.New(slog.NewTextHandler(log, nil))})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -82,6 +92,60 @@ func TestPresenceWaitsForTheLease(t *testing.T) {
 		if m, err := l.presence.get(t.Context(), "edge."+l.presence.holder); err != nil || m == nil || removed(m) {
 			t.Errorf("the edge's lease is %v, %v", m, err)
 		}
+	})
+}
+
+// Whoever runs an edge on a server that does not take what presence writes finds the reason in the log: once, however often it is tried, and once more when it is over.
+func TestPresenceSaysWhatFails(t *testing.T) {
+	var log strings.Builder
+	presenceLogged(t, &log, func(t *testing.T, l *JetStreamLog, run func()) {
+		run()
+		id := schema.SessionID{Tenant: "default", Name: "s"}
+		leave, err := l.Enter(t.Context(), id, "ada", 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resize := func(bytes int32) {
+			s, err := l.js.Stream(t.Context(), presenceStream)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c := s.CachedInfo().Config
+			c.MaxMsgSize = bytes
+			if _, err := l.js.UpdateStream(t.Context(), c); err != nil {
+				t.Fatal(err)
+			}
+		}
+		said := func(when, cause string, want ...string) {
+			t.Helper()
+			synctest.Wait()
+			lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+			log.Reset()
+			for _, w := range want {
+				if n := len(slices.DeleteFunc(slices.Clone(lines), func(l string) bool { return !strings.Contains(l, w) || !strings.Contains(l, cause) })); n != 1 {
+					t.Errorf("%s the log says %d times, want once: %s", when, n, w)
+				}
+			}
+			if len(lines) != len(want) {
+				t.Errorf("%s the log says\n%s\nwant %d lines", when, strings.Join(lines, "\n"), len(want))
+			}
+		}
+		synctest.Wait()
+		log.Reset()
+		resize(1)
+		leave()
+		time.Sleep(20 * time.Second)
+		if _, err := l.Enter(t.Context(), id, "ada", 1); schema.CodeOf(err) != schema.Code_CODE_UNAVAILABLE || strings.Contains(schema.AsRefusal(err).Message, "NATS") {
+			t.Errorf("a user was answered %v", err)
+		}
+		said("while nothing can be written", "message size exceeds", "WARN msg=\"this edge's lease cannot be written", "WARN msg=\"the connections of users to this edge cannot be written down")
+		resize(-1)
+		time.Sleep(edgeBeatEvery)
+		said("when it can be written again", "", "INFO msg=\"this edge's lease is written again", "INFO msg=\"the connections of users to this edge are written down again")
+		if leave, err = l.Enter(t.Context(), id, "ada", 1); err != nil {
+			t.Fatal(err)
+		}
+		leave()
 	})
 }
 
