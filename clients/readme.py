@@ -1,4 +1,4 @@
-"""The clients that README.md shows, as they stand there: each must print what is published, once and in order, while its connection is cut and the server killed."""
+"""The clients that README.md shows, as they stand there: each must print what is published, once and in order, while its connection is cut, the server killed and the session deleted; and end when the session has."""
 
 import ast
 import asyncio
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import urllib.request
 
 from wire import Wire
 
@@ -25,8 +26,8 @@ def snippet(language):
 
 
 def after(prefix, parse):
-    """Reads lines as `token DATA`."""
-    return lambda line: parse(line[len(prefix) :])["text"] if line.startswith(prefix) else ""
+    """Reads the lines that begin so."""
+    return lambda line: parse(line[len(prefix) :]) if line.startswith(prefix) else ""
 
 
 class Client:
@@ -76,13 +77,20 @@ async def build(cache, wire):
 async def check(system, cache):
     wire = await Wire(system.http).open()
     commands = await build(cache, wire)
-    clients = [Client("JavaScript", lambda line: line), Client("Python", after("token ", ast.literal_eval)), Client("Go", after("token ", json.loads))]
+    clients = [Client("JavaScript", lambda line: line), Client("Python", after("token ", lambda data: ast.literal_eval(data)["text"])), Client("Go", after("token ", str))]
     env = dict(system.env, TOKEN=(await system.run("token")).strip())
+    admin = (await system.run("token", "--role", "admin")).strip()
     published = []
 
     async def publish(lines):
         await system.run("publish", "hello", input="".join(line + "\n" for line in lines))
         published.extend(lines)
+
+    def ask(method, **request):
+        """Makes a call as an administrator, by the Connect protocol."""
+        body = json.dumps(dict(request, session="hello")).encode()
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer " + admin}
+        urllib.request.urlopen(urllib.request.Request("http://%s/tidemark.v1.SessionService/%s" % (system.grpc, method), body, headers), timeout=PATIENCE).close()
 
     async def all_printed():
         for _ in range(PATIENCE * 50):
@@ -109,10 +117,25 @@ async def check(system, cache):
         await system.start()
         await publish(["high tide", "the end"])
         await all_printed()
+        # The session is deleted, and begins anew: at once, so that their cursors are of another history, and when they have come back, so that their cursors are of none.
+        for pause in (0, 2.5):
+            await asyncio.to_thread(ask, "DeleteSession")
+            await asyncio.sleep(pause)
+            await publish(["another tide", "after %g s" % pause])
+            await all_printed()
+        # It ends, and they with it: whoever comes back is told that there is no more.
+        await asyncio.to_thread(ask, "Append", envelopes=[{"runStatus": {"status": "STATUS_COMPLETED"}}])
+        wire.cut()
+        for c in clients:
+            try:
+                code = await asyncio.wait_for(c.process.wait(), PATIENCE)
+            except asyncio.TimeoutError:
+                raise AssertionError("the client in %s goes on although the session has ended" % c.language)
+            assert code == 0, "the client in %s ended with %d:\n%s" % (c.language, code, "".join(c.errors))
         assert wire.cuts >= len(clients), "nothing was cut"
     finally:
         for client in clients:
             if hasattr(client, "process"):
                 await client.stop()
         wire.close()
-    return "its clients in JavaScript, Python and Go print all %d lines once, over a cut and a kill -9" % len(published)
+    return "its clients in JavaScript, Python and Go print all %d lines once, over a cut, a kill -9 and two deletions, and end with the session" % len(published)
