@@ -57,8 +57,9 @@ async function agent (session) {
 }
 
 // A tab that may ask its own host alone, and has nothing to complain about.
-async function tab ({ token, session, size = desk, scheme = 'light', host = EDGE_HTTP, calm = true }) {
+async function tab ({ token, session, size = desk, scheme = 'light', host = EDGE_HTTP, calm = true, between }) {
   const page = await browser.newPage()
+  if (between) await page.routeWebSocket('**/ws?*', between)
   page.setDefaultTimeout(patience)
   await page.setViewportSize(size)
   await page.emulateMedia({ colorScheme: scheme, reducedMotion: 'reduce' })
@@ -340,6 +341,34 @@ async function overABadWire () {
   wire.close()
 }
 
+// What is refused for now is sent again after a moment: once, however much of it there is.
+async function refusedForNow () {
+  const sent = new Map() // how often, by id
+  const page = await tab({
+    token: TOKEN, session: `refused page ${unique}`,
+    between: near => {
+      const far = near.connectToServer()
+      near.onMessage(text => {
+        const { id } = JSON.parse(text)
+        sent.set(id, (sent.get(id) ?? 0) + 1)
+        if (sent.get(id) > 1) far.send(text)
+        else near.send(JSON.stringify({ type: 'error', data: { error: 'Unavailable', details: 'NATS is away.', code: 'unavailable', retryable: true, id } }))
+      })
+    }
+  })
+  await connected(page)
+  await page.locator('#agent summary').click()
+  // All of it at once, as fast as it can be typed.
+  const said = 'ebb and flood '.repeat(10).trim()
+  await page.locator('#stream-text').fill(said)
+  await page.evaluate(() => { const at = setTimeout; window.setTimeout = (f, wait) => at(f, wait === 60 ? 0 : wait) })
+  await page.locator('#stream button[type=submit]').click()
+  await page.waitForFunction(t => document.querySelector('.message.agent > .text')?.textContent === t && !document.querySelector('.writing'), said)
+  assert.ok(sent.size > 30 && Math.max(...sent.values()) === 2, `each is sent twice: ${[...sent.values()]}`)
+  assert.equal(await textOf(page, '#flaws'), '0, 0')
+  await page.close()
+}
+
 // Whom it does not let in, it asks for another token.
 async function theDoor () {
   const forged = TOKEN.slice(0, -12) + 'AAAAAAAAAAAA'
@@ -374,6 +403,7 @@ try {
   await asAgent()
   await theDoor()
   await overABadWire()
+  await refusedForNow()
   assert.deepEqual(wrong, [])
   console.log(`${seq} envelopes read, a question answered by keyboard, a cut and two losses survived, each envelope once; no other host was asked`)
 } finally {
