@@ -428,7 +428,7 @@ func (s *goodSession) measure(happens func()) time.Duration {
 // neighbour on the machine meets both. The violators come at a pace, as in a deployment, for they run on the same processors as the edge: all at once they would measure what a machine does that has
 // nothing left, and not whether the edge lets one client's work wait for another's.
 func TestViolatorsCostOnlyThemselves(t *testing.T) {
-	connections, rounds, round := 100, 3, time.Second
+	connections, rounds, round := 60, 3, 500*time.Millisecond
 	if slow() {
 		connections, rounds, round = 1000, 5, 5*time.Second
 	}
