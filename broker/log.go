@@ -38,11 +38,11 @@ type Log interface {
 	// session_not_found where there is none.
 	Delete(ctx context.Context, id schema.SessionID) error
 
-	// Enter takes one of the places that a user, the subject, has in the session: of all connections over all edges at most limit hold one at a time. The refusal is too_many_connections
-	// where all are taken, and unavailable where NATS does not say so within seconds. Places are counted, not kept: while NATS restarts, and after an edge was frozen, there may be more
-	// than limit for as long as their connections last, but nobody is refused for places that nobody holds, except for those of an edge that died, which are free within seconds.
+	// Enter takes one of the seats that a user, the subject, has in the session: of all connections over all edges at most limit hold one at a time. The refusal is too_many_connections
+	// where all are taken, and unavailable where NATS does not say so within seconds. Seats are counted, not kept: while NATS restarts, and after an edge was frozen, there may be more
+	// than limit for as long as their connections last, but nobody is refused for seats that nobody holds, except for those of an edge that died, which are free within seconds.
 	//
-	// leave gives the place back. It does not block and may be called more than once; other edges learn of it in a moment. limit <= 0: no bound, and nothing is counted.
+	// leave gives the seat back. It does not block and may be called more than once; other edges learn of it in a moment. limit <= 0: no bound, and nothing is counted.
 	Enter(ctx context.Context, id schema.SessionID, subject string, limit int) (leave func(), err error)
 
 	// Status is how the log is doing now, for readiness and for the welcome.

@@ -27,8 +27,8 @@ type MemoryLog struct {
 	sessions  map[schema.SessionID]*memorySession
 	followers map[schema.SessionID]map[*memorySource]bool
 	changes   uint64
-	// places are those taken; who has none is not there.
-	places map[user]int
+	// seats are those taken; who has none is not there.
+	seats map[user]int
 }
 
 var _ Log = (*MemoryLog)(nil)
@@ -59,7 +59,7 @@ type memoryProducer struct {
 
 // NewMemoryLog makes an empty log.
 func NewMemoryLog() *MemoryLog {
-	return &MemoryLog{sessions: map[schema.SessionID]*memorySession{}, followers: map[schema.SessionID]map[*memorySource]bool{}, places: map[user]int{}}
+	return &MemoryLog{sessions: map[schema.SessionID]*memorySession{}, followers: map[schema.SessionID]map[*memorySource]bool{}, seats: map[user]int{}}
 }
 
 // Status implements [Log]. The log is always ready.
@@ -392,15 +392,15 @@ func (l *MemoryLog) Enter(_ context.Context, id schema.SessionID, subject string
 	u := user{id, subject}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.places[u] >= limit {
+	if l.seats[u] >= limit {
 		return nil, tooManyConnections(u, limit)
 	}
-	l.places[u]++
+	l.seats[u]++
 	return sync.OnceFunc(func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		if l.places[u]--; l.places[u] == 0 {
-			delete(l.places, u)
+		if l.seats[u]--; l.seats[u] == 0 {
+			delete(l.seats, u)
 		}
 	}), nil
 }

@@ -19,21 +19,21 @@ import (
 const (
 	// enterWithin is how long Enter waits for NATS before it refuses as unavailable.
 	enterWithin = 3 * time.Second
-	// edgeLeaseTTL is how long an edge that says nothing more keeps its places. The server counts it, in whole seconds; no clocks are compared.
+	// edgeLeaseTTL is how long an edge that says nothing more keeps its seats. The server counts it, in whole seconds; no clocks are compared.
 	edgeLeaseTTL = 10 * time.Second
 	// edgeBeatEvery leaves room for two beats that fail.
 	edgeBeatEvery = 3 * time.Second
 	// edgeBeatAgain is when a beat that failed is tried again.
 	edgeBeatAgain = 500 * time.Millisecond
-	// placesTTL is how long a record of places stays that nobody writes any more, such as one of an edge that died and of a user who never came back. Whoever has places in it writes it again after
-	// placesRefresh.
-	placesTTL     = 10 * time.Minute
-	placesRefresh = placesTTL / 3
+	// seatsTTL is how long a record of seats stays that nobody writes any more, such as one of an edge that died and of a user who never came back. Whoever has seats in it writes it again after
+	// seatsRefresh.
+	seatsTTL     = 10 * time.Minute
+	seatsRefresh = seatsTTL / 3
 	// maxTidying bounds the records that an edge writes at once because users left, or because all have to be written again.
 	maxTidying = 16
 )
 
-// user is whose places are counted together.
+// user is whose seats are counted together.
 type user struct {
 	session schema.SessionID
 	subject string
@@ -49,13 +49,13 @@ func tooManyConnections(u user, limit int) error {
 		"The user has %d connections to session %s, as many as are allowed; close one of them, then try again.", limit, u.session)
 }
 
-// presence counts users' connections to sessions over all edges. What is said of a user is one record in the bucket PRESENCE with the number of places on each edge; it is written with compare-and-swap on top of
-// what was read, so that of two edges that want the last place one gets it. An edge's part of it counts while the edge's lease is there, which it writes every edgeBeatEvery and which the server
+// presence counts users' connections to sessions over all edges: each takes one of the user's seats in the session. What is said of a user is one record in the bucket PRESENCE with the number of seats on each edge; it is written with compare-and-swap on top of
+// what was read, so that of two edges that want the last seat one gets it. An edge's part of it counts while the edge's lease is there, which it writes every edgeBeatEvery and which the server
 // removes edgeLeaseTTL after the last time.
 //
-// The bucket is in memory: it says who is connected now. When it is lost, or the edge's lease is because the edge was frozen, the edge writes its lease and all its places again, whatever limits say.
+// The bucket is in memory: it says who is connected now. When it is lost, or the edge's lease is because the edge was frozen, the edge writes its lease and all its seats again, whatever limits say.
 //
-// What an edge holds here is one place for each user and session that is connected to it, so the bounds are those of its connections.
+// What an edge holds here is one of `seats` for each user and session that is connected to it, so the bounds are those of its connections.
 type presence struct {
 	// Static after construction.
 	log     *JetStreamLog
@@ -72,9 +72,9 @@ type presence struct {
 	tidying series
 
 	mu     sync.Mutex // guards all below
-	places map[user]*place
-	// dirty are those of the places whose records may not say what is held.
-	dirty map[*place]bool
+	seats map[user]*seats
+	// dirty are those whose records may not say what is held.
+	dirty map[*seats]bool
 	state leaseState
 	// lost counts how often the lease was, and with it maybe the bucket.
 	lost   int
@@ -89,20 +89,20 @@ const (
 	leaseUnknown leaseState = iota
 	// leaseHeld: it was there at the last beat.
 	leaseHeld
-	// leaseNoBucket: the deployment has no bucket PRESENCE, because its broker is of an older version, or because NATS has just lost what it had in memory. Places are counted on this edge alone.
+	// leaseNoBucket: the deployment has no bucket PRESENCE, because its broker is of an older version, or because NATS has just lost what it had in memory. Seats are counted on this edge alone.
 	leaseNoBucket
 )
 
-// place is one user's places in one session, as far as this edge has them.
-type place struct {
+// seats are one user's seats in one session, as far as this edge has them.
+type seats struct {
 	user user
 	// turn is held by who reads and writes the user's record; record is theirs.
 	turn   chan struct{}
-	record placesRecord
+	record seatsRecord
 
 	// Guarded by presence.mu.
 	held    int       // connections here
-	refs    int       // who has the place in hand
+	refs    int       // who has them in hand
 	written time.Time // the record was last
 }
 
@@ -116,7 +116,7 @@ func newPresence(l *JetStreamLog) *presence {
 			logger: l.logger, works: "the connections of users to this edge are written down again",
 			fails: "the connections of users to this edge cannot be written down; until they are, other edges count them as they were",
 		},
-		log: l, logger: l.logger, holder: newHolder(l.edge), metrics: newPresenceMetrics(l.cfg.Metrics), places: map[user]*place{}, dirty: map[*place]bool{},
+		log: l, logger: l.logger, holder: newHolder(l.edge), metrics: newPresenceMetrics(l.cfg.Metrics), seats: map[user]*seats{}, dirty: map[*seats]bool{},
 		beatNow: make(chan struct{}, 1), tidyNow: make(chan struct{}, 1), beating: make(chan struct{}, 1),
 	}
 }
@@ -142,25 +142,25 @@ func (l *JetStreamLog) Enter(ctx context.Context, id schema.SessionID, subject s
 	return nil, r
 }
 
-// enter takes a place, in at most as long as ctx lasts. An error other than too_many_connections and going_away says why it is not known whether there is one.
+// enter takes a seat, in at most as long as ctx lasts. An error other than too_many_connections and going_away says why it is not known whether there is one.
 func (p *presence) enter(ctx context.Context, u user, limit int) (leave func(), err error) {
-	pl := p.take(u)
-	if pl == nil {
+	s := p.take(u)
+	if s == nil {
 		return nil, schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge is stopping; connect to session %s through another.", u.session)
 	}
-	defer p.drop(pl)
+	defer p.drop(s)
 	select {
-	case pl.turn <- struct{}{}:
-		defer func() { <-pl.turn }()
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	n := p.heldBy(pl)
+	n := p.heldBy(s)
 	if n >= limit {
 		return nil, tooManyConnections(u, limit)
 	}
-	// Who leaves from here on marks the place dirty, and it is written once more.
-	err = p.whileLeased(ctx, func() error { return p.write(ctx, pl, n+1, limit) })
+	// Who leaves from here on makes the seats dirty, and they are written once more.
+	err = p.whileLeased(ctx, func() error { return p.write(ctx, s, n+1, limit) })
 	switch {
 	case errors.Is(err, errNoBucket):
 		// Counted here only.
@@ -168,60 +168,60 @@ func (p *presence) enter(ctx context.Context, u user, limit int) (leave func(), 
 		return nil, err
 	case err != nil:
 		// The record may have been written for all that.
-		p.soil(pl)
+		p.soil(s)
 		return nil, err
 	}
-	p.add(pl, 1)
+	p.add(s, 1)
 	return sync.OnceFunc(func() {
-		p.add(pl, -1)
-		p.soil(pl)
+		p.add(s, -1)
+		p.soil(s)
 		signal(p.tidyNow)
 	}), nil
 }
 
-// take finds a user's place, or makes one, and keeps it until it is dropped; nil once the log is closed.
-func (p *presence) take(u user) *place {
+// take finds a user's seats, or makes them, and keeps them until they are dropped; nil once the log is closed.
+func (p *presence) take(u user) *seats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return nil
 	}
-	pl := p.places[u]
-	if pl == nil {
-		pl = &place{user: u, turn: make(chan struct{}, 1)}
-		p.places[u] = pl
+	s := p.seats[u]
+	if s == nil {
+		s = &seats{user: u, turn: make(chan struct{}, 1)}
+		p.seats[u] = s
 	}
-	pl.refs++
-	return pl
+	s.refs++
+	return s
 }
 
-// drop is the end of a take. A place that says nothing any more is forgotten.
-func (p *presence) drop(pl *place) {
+// drop is the end of a take. Seats of which nothing is left to say are forgotten.
+func (p *presence) drop(s *seats) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if pl.refs--; pl.refs == 0 && pl.held == 0 && !p.dirty[pl] {
-		delete(p.places, pl.user)
+	if s.refs--; s.refs == 0 && s.held == 0 && !p.dirty[s] {
+		delete(p.seats, s.user)
 	}
 }
 
-func (p *presence) heldBy(pl *place) int {
+func (p *presence) heldBy(s *seats) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return pl.held
+	return s.held
 }
 
-func (p *presence) add(pl *place, n int) {
+func (p *presence) add(s *seats, n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	pl.held += n
-	p.metrics.places.Add(float64(n))
+	s.held += n
+	p.metrics.seats.Add(float64(n))
 }
 
-// soil marks a place whose record has to be written. It stays until that is done.
-func (p *presence) soil(pl *place) {
+// soil marks seats whose record has to be written. They stay until that is done.
+func (p *presence) soil(s *seats) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.dirty[pl] = true
+	p.dirty[s] = true
 }
 
 // whileLeased calls fn while the edge has its lease, which at first is for it to wait for. The error is errNoBucket where there is nothing to have a lease in, or fn's.
@@ -274,7 +274,7 @@ func (p *presence) run(ctx context.Context) {
 		if err := p.beatOnce(ctx); err != nil {
 			pause = edgeBeatAgain
 		}
-		p.soilOld(time.Now().Add(-placesRefresh))
+		p.soilOld(time.Now().Add(-seatsRefresh))
 		t := time.NewTimer(pause)
 		select {
 		case <-t.C:
@@ -325,8 +325,8 @@ func (p *presence) beatOnce(ctx context.Context) error {
 	p.mu.Lock()
 	p.state = leaseHeld
 	if again {
-		for _, pl := range p.places {
-			p.dirty[pl] = true
+		for _, s := range p.seats {
+			p.dirty[s] = true
 		}
 	}
 	p.mu.Unlock()
@@ -334,13 +334,13 @@ func (p *presence) beatOnce(ctx context.Context) error {
 	return nil
 }
 
-// soilOld marks the places whose records were last written before t, so that they do not run out.
+// soilOld marks the seats whose records were last written before t, so that they do not run out.
 func (p *presence) soilOld(t time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, pl := range p.places {
-		if pl.held > 0 && pl.written.Before(t) {
-			p.dirty[pl] = true
+	for _, s := range p.seats {
+		if s.held > 0 && s.written.Before(t) {
+			p.dirty[s] = true
 		}
 	}
 }
@@ -361,19 +361,19 @@ func (p *presence) tidyAll(ctx context.Context) {
 	}
 }
 
-// tidyThese brings the records of places that are taken to what is held, and drops them. The error is one of those that happened.
-func (p *presence) tidyThese(ctx context.Context, dirty []*place) error {
+// tidyThese brings the records of seats that are taken to what is held, and drops them. The error is one of those that happened.
+func (p *presence) tidyThese(ctx context.Context, dirty []*seats) error {
 	var wg sync.WaitGroup
 	room := make(chan struct{}, maxTidying)
 	failed := make(chan error, 1)
-	for _, pl := range dirty {
+	for _, s := range dirty {
 		room <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-room }()
-			defer p.drop(pl)
-			if err := p.tidy(ctx, pl); err != nil {
+			defer p.drop(s)
+			if err := p.tidy(ctx, s); err != nil {
 				// The next beat that succeeds has it tried again.
-				p.soil(pl)
+				p.soil(s)
 				select {
 				case failed <- err:
 				default:
@@ -413,36 +413,36 @@ func (s *series) note(ctx context.Context, err error) {
 	}
 }
 
-func (p *presence) takeDirty() []*place {
+func (p *presence) takeDirty() []*seats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.state != leaseHeld || p.closed {
 		return nil
 	}
-	for pl := range p.dirty {
-		pl.refs++
+	for s := range p.dirty {
+		s.refs++
 	}
 	return slices.Collect(maps.Keys(p.dirty))
 }
 
-// tidy writes what is held of one place.
-func (p *presence) tidy(ctx context.Context, pl *place) error {
+// tidy writes what is held of one user's seats.
+func (p *presence) tidy(ctx context.Context, s *seats) error {
 	ctx, cancel := context.WithTimeout(ctx, enterWithin)
 	defer cancel()
 	select {
-	case pl.turn <- struct{}{}:
-		defer func() { <-pl.turn }()
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 	p.mu.Lock()
-	n := pl.held
-	delete(p.dirty, pl)
+	n := s.held
+	delete(p.dirty, s)
 	p.mu.Unlock()
-	return p.whileLeased(ctx, func() error { return p.write(ctx, pl, n, 0) })
+	return p.whileLeased(ctx, func() error { return p.write(ctx, s, n, 0) })
 }
 
-// close takes no more places and gives the edge's lease back, and with it all its places. It waits for NATS at most as long as ctx lasts.
+// close takes no more seats and gives the edge's lease back, and with it all its seats. It waits for NATS at most as long as ctx lasts.
 func (p *presence) close(ctx context.Context) {
 	p.mu.Lock()
 	again := p.closed
@@ -459,7 +459,7 @@ func (p *presence) close(ctx context.Context) {
 	}
 	// A beat whose caller gave up was sent before this on the same connection, so it cannot bring the lease back.
 	if err := p.removeLease(ctx); err != nil {
-		p.logger.Warn("the places of this edge's users are free only when its lease runs out", "in", edgeLeaseTTL, "error", err)
+		p.logger.Warn("the seats of this edge's users are free only when its lease runs out", "in", edgeLeaseTTL, "error", err)
 	}
 }
 
@@ -473,21 +473,21 @@ func signal(ch chan<- struct{}) {
 
 // presenceMetrics are presence's, as Prometheus counts them.
 type presenceMetrics struct {
-	places     prometheus.Gauge
+	seats     prometheus.Gauge
 	leasesLost prometheus.Counter
 }
 
 func newPresenceMetrics(r prometheus.Registerer) *presenceMetrics {
 	m := &presenceMetrics{
-		places: prometheus.NewGauge(prometheus.GaugeOpts{
-			Namespace: "tidemark", Subsystem: "presence", Name: "places", Help: "Places in sessions that users hold by their connections to this edge.",
+		seats: prometheus.NewGauge(prometheus.GaugeOpts{
+			Namespace: "tidemark", Subsystem: "presence", Name: "seats", Help: "Seats in sessions that users hold by their connections to this edge.",
 		}),
 		leasesLost: prometheus.NewCounter(prometheus.CounterOpts{
-			Namespace: "tidemark", Subsystem: "presence", Name: "leases_lost_total", Help: "Times that this edge had to write its lease and its users' places again.",
+			Namespace: "tidemark", Subsystem: "presence", Name: "leases_lost_total", Help: "Times that this edge had to write its lease and its users' seats again.",
 		}),
 	}
 	if r != nil {
-		r.MustRegister(m.places, m.leasesLost)
+		r.MustRegister(m.seats, m.leasesLost)
 	}
 	return m
 }

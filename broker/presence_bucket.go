@@ -19,7 +19,7 @@ import (
 // The bucket PRESENCE, in memory:
 //
 //	edge.<edge>.<life>                 the lease of an edge, from its start to its end; life is a ULID, so that an edge that comes back under its name is another
-//	user.<tenant>.<session>.<subject>  a placesRecord
+//	user.<tenant>.<session>.<subject>  a seatsRecord
 //
 // Names are escaped. Every key has a time to live, which a write begins anew. The KV interface of nats.go sets one on creation only, so the messages are made here (ADR-8, ADR-43 and ADR-48 of NATS).
 const (
@@ -92,10 +92,10 @@ func (b *Broker) restorePresence(ctx context.Context, js jetstream.JetStream) er
 // newHolder names one life of an edge.
 func newHolder(edge string) string { return schema.EscapeToken(edge) + "." + ulid.Make().String() }
 
-// placesRecord is what the bucket says of a user's connections to a session.
-type placesRecord struct {
-	// Places has their number on each edge, by holder.
-	Places map[string]int `json:"places"`
+// seatsRecord is what the bucket says of a user's connections to a session.
+type seatsRecord struct {
+	// Seats has their number on each edge, by holder.
+	Seats map[string]int `json:"seats"`
 
 	// known: it was read or written under rev. Otherwise there may be one or not.
 	known bool
@@ -104,34 +104,34 @@ type placesRecord struct {
 	lost int
 }
 
-// write brings the record to n places on this edge. The error is too_many_connections where they and those of other edges that are alive are more than limit, if that is positive; errNoBucket; or one that says that
-// it is not known what the record is now. The caller has the place's turn.
-func (p *presence) write(ctx context.Context, pl *place, n, limit int) error {
+// write brings the record to n seats on this edge. The error is too_many_connections where they and those of other edges that are alive are more than limit, if that is positive; errNoBucket; or one that says that
+// it is not known what the record is now. The caller has the seats' turn.
+func (p *presence) write(ctx context.Context, s *seats, n, limit int) error {
 	var retry backoff
 	var dead map[string]bool
 	for current := false; ; {
-		rec := &pl.record
+		rec := &s.record
 		p.mu.Lock()
 		lost := p.lost
 		p.mu.Unlock()
 		if rec.lost != lost {
-			*rec = placesRecord{lost: lost}
+			*rec = seatsRecord{lost: lost}
 		}
 		if !rec.known && n == 0 {
-			if err := p.read(ctx, pl); err != nil {
+			if err := p.read(ctx, s); err != nil {
 				return err
 			}
 		}
-		next := placesRecord{Places: maps.Clone(rec.Places)}
-		maps.DeleteFunc(next.Places, func(holder string, _ int) bool { return dead[holder] || holder == p.holder })
+		next := seatsRecord{Seats: maps.Clone(rec.Seats)}
+		maps.DeleteFunc(next.Seats, func(holder string, _ int) bool { return dead[holder] || holder == p.holder })
 		total := n
-		for _, m := range next.Places {
+		for _, m := range next.Seats {
 			total += m
 		}
 		if limit > 0 && total > limit {
 			// Nobody is refused on what this edge remembers, nor for an edge that is no more.
 			if !current {
-				if err := p.read(ctx, pl); err != nil {
+				if err := p.read(ctx, s); err != nil {
 					return err
 				}
 				current = true
@@ -139,40 +139,40 @@ func (p *presence) write(ctx context.Context, pl *place, n, limit int) error {
 			}
 			if dead == nil {
 				var err error
-				if dead, err = p.findDead(ctx, next.Places); err != nil {
+				if dead, err = p.findDead(ctx, next.Seats); err != nil {
 					return err
 				}
 				continue
 			}
-			return tooManyConnections(pl.user, limit)
+			return tooManyConnections(s.user, limit)
 		}
 		if n > 0 {
-			if next.Places == nil {
-				next.Places = map[string]int{}
+			if next.Seats == nil {
+				next.Seats = map[string]int{}
 			}
-			next.Places[p.holder] = n
-		} else if rec.Places[p.holder] == 0 {
+			next.Seats[p.holder] = n
+		} else if rec.Seats[p.holder] == 0 {
 			return nil
 		}
-		rev, err := p.put(ctx, pl.user.key(), rec.rev, next)
+		rev, err := p.put(ctx, s.user.key(), rec.rev, next)
 		switch {
 		case err == nil:
 			next.known, next.rev, next.lost = true, rev, lost
-			pl.record = next
+			s.record = next
 			p.mu.Lock()
-			pl.written = time.Now()
+			s.written = time.Now()
 			p.mu.Unlock()
 			return nil
 		case errors.Is(err, errNoBucket):
 			return err
 		case isConflict(err):
-			if err := p.read(ctx, pl); err != nil {
+			if err := p.read(ctx, s); err != nil {
 				return err
 			}
 			current = true
 			continue
 		}
-		*rec = placesRecord{lost: lost}
+		*rec = seatsRecord{lost: lost}
 		if !retry.wait(ctx, errNotStored) {
 			return err
 		}
@@ -180,24 +180,24 @@ func (p *presence) write(ctx context.Context, pl *place, n, limit int) error {
 }
 
 // read reads a user's record from the bucket's leader.
-func (p *presence) read(ctx context.Context, pl *place) error {
-	pl.record = placesRecord{lost: pl.record.lost}
-	m, err := p.get(ctx, pl.user.key())
+func (p *presence) read(ctx context.Context, s *seats) error {
+	s.record = seatsRecord{lost: s.record.lost}
+	m, err := p.get(ctx, s.user.key())
 	if err != nil {
 		return err
 	}
-	rec := placesRecord{known: true, lost: pl.record.lost}
+	rec := seatsRecord{known: true, lost: s.record.lost}
 	if m != nil {
 		rec.rev = m.seq
 		if !removed(m) {
 			if err := json.Unmarshal(m.data, &rec); err != nil {
 				// It says who is connected; those who are write it again.
-				p.logger.Warn("a record of a user's connections cannot be read and is written anew", "session", pl.user.session.String(), "error", err)
-				rec.Places = nil
+				p.logger.Warn("a record of a user's connections cannot be read and is written anew", "session", s.user.session.String(), "error", err)
+				rec.Seats = nil
 			}
 		}
 	}
-	pl.record = rec
+	s.record = rec
 	return nil
 }
 
@@ -221,13 +221,13 @@ func removed(m *stored) bool {
 	return m.header.Get(kvOperation) != "" || m.header.Get(jetstream.MarkerReasonHeader) != ""
 }
 
-// put writes a user's record on top of a revision, or removes it where it has no places.
-func (p *presence) put(ctx context.Context, key string, rev uint64, rec placesRecord) (uint64, error) {
+// put writes a user's record on top of a revision, or removes it where it has no seats.
+func (p *presence) put(ctx context.Context, key string, rev uint64, rec seatsRecord) (uint64, error) {
 	header := nats.Header{jetstream.ExpectedLastSubjSeqHeader: {strconv.FormatUint(rev, 10)}}
-	if len(rec.Places) == 0 {
+	if len(rec.Seats) == 0 {
 		return p.publish(ctx, key, remove(header), nil)
 	}
-	header.Set(jetstream.MsgTTLHeader, placesTTL.String())
+	header.Set(jetstream.MsgTTLHeader, seatsTTL.String())
 	data, err := json.Marshal(rec)
 	if err != nil {
 		return 0, err

@@ -24,7 +24,7 @@ func presenceOf(t *testing.T, test func(t *testing.T, l *JetStreamLog, run func(
 	presenceLogged(t, io.Discard, test)
 }
 
-// presenceLogged is presenceOf with a place for what the log says.
+// presenceLogged is presenceOf with somewhere to write what the log says.
 func presenceLogged(t *testing.T, log io.Writer, test func(t *testing.T, l *JetStreamLog, run func())) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -64,7 +64,7 @@ func presenceLogged(t *testing.T, log io.Writer, test func(t *testing.T, l *JetS
 	})
 }
 
-// An edge that has no lease yet lets nobody in: others would take the place for one of an edge that died.
+// An edge that has no lease yet lets nobody in: others would take the seat for one of an edge that died.
 func TestPresenceWaitsForTheLease(t *testing.T) {
 	presenceOf(t, func(t *testing.T, l *JetStreamLog, run func()) {
 		id := schema.SessionID{Tenant: "default", Name: "s"}
@@ -188,8 +188,8 @@ func TestPresenceForgets(t *testing.T) {
 		p := l.presence
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if len(p.places) != 100 || len(p.dirty) != 0 {
-			t.Errorf("the edge remembers %d places of the 100 that are held, and has %d to write", len(p.places), len(p.dirty))
+		if len(p.seats) != 100 || len(p.dirty) != 0 {
+			t.Errorf("the edge remembers %d seats of the 100 that are held, and has %d to write", len(p.seats), len(p.dirty))
 		}
 	})
 }
@@ -205,7 +205,7 @@ func TestPresenceInAnotherBucket(t *testing.T) {
 		}
 		defer leave()
 		p := l.presence
-		rev := p.places[u].record.rev
+		rev := p.seats[u].record.rev
 		if err := l.js.DeleteKeyValue(t.Context(), presenceBucket); err != nil {
 			t.Fatal(err)
 		}
@@ -221,7 +221,7 @@ func TestPresenceInAnotherBucket(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		data, err := json.Marshal(placesRecord{Places: map[string]int{"another.1": 2}})
+		data, err := json.Marshal(seatsRecord{Seats: map[string]int{"another.1": 2}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -230,11 +230,11 @@ func TestPresenceInAnotherBucket(t *testing.T) {
 		}
 		// The next beat has it.
 		time.Sleep(edgeBeatEvery + time.Second)
-		if got, want := placesIn(t, kv, u), map[string]int{"another.1": 2, p.holder: 1}; !maps.Equal(got, want) {
+		if got, want := seatsIn(t, kv, u), map[string]int{"another.1": 2, p.holder: 1}; !maps.Equal(got, want) {
 			t.Errorf("the record says %v, want %v", got, want)
 		}
 		if _, err := l.Enter(t.Context(), u.session, u.subject, 3); schema.CodeOf(err) != schema.Code_CODE_TOO_MANY_CONNECTIONS {
-			t.Errorf("with three of three places taken: %v", err)
+			t.Errorf("with three of three seats taken: %v", err)
 		}
 		// Nonsense counts for nothing, and is written over.
 		if _, err := kv.PutString(t.Context(), u.key(), "[]"); err != nil {
@@ -245,21 +245,21 @@ func TestPresenceInAnotherBucket(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer second()
-		if got, want := placesIn(t, kv, u), map[string]int{p.holder: 2}; !maps.Equal(got, want) {
+		if got, want := seatsIn(t, kv, u), map[string]int{p.holder: 2}; !maps.Equal(got, want) {
 			t.Errorf("the record says %v, want %v", got, want)
 		}
 	})
 }
 
-func placesIn(t *testing.T, kv jetstream.KeyValue, u user) map[string]int {
+func seatsIn(t *testing.T, kv jetstream.KeyValue, u user) map[string]int {
 	t.Helper()
 	e, err := kv.Get(t.Context(), u.key())
 	if err != nil {
 		t.Fatal(err)
 	}
-	var rec placesRecord
+	var rec seatsRecord
 	if err := json.Unmarshal(e.Value(), &rec); err != nil {
 		t.Fatal(err)
 	}
-	return rec.Places
+	return rec.Seats
 }

@@ -11,17 +11,17 @@ import (
 	"tidemark/schema"
 )
 
-// enter takes a place that must be there, at once.
+// enter takes a seat that must be there, at once.
 func (w *world) enter(subject string, limit int) (leave func()) {
 	w.Helper()
 	leave, err := w.tryEnter(subject, limit)
 	if err != nil {
-		w.Fatalf("a place for %q: %v", subject, err)
+		w.Fatalf("a seat for %q: %v", subject, err)
 	}
 	return leave
 }
 
-// enterSoon takes a place that must be there in a moment, because other edges learn of one who left by then.
+// enterSoon takes a seat that must be there in a moment, because other edges learn of one who left by then.
 func (w *world) enterSoon(subject string, limit int) (leave func()) {
 	w.Helper()
 	for range 100 {
@@ -32,7 +32,7 @@ func (w *world) enterSoon(subject string, limit int) (leave func()) {
 		w.refusal(schema.Code_CODE_TOO_MANY_CONNECTIONS, err)
 		time.Sleep(10 * time.Millisecond)
 	}
-	w.Fatalf("there is no place for %q a second after somebody left", subject)
+	w.Fatalf("there is no seat for %q a second after somebody left", subject)
 	return nil
 }
 
@@ -41,19 +41,19 @@ func (w *world) tryEnter(subject string, limit int) (leave func(), err error) {
 	ctx, cancel := context.WithTimeout(w.Context(), patience)
 	defer cancel()
 	if leave, err = w.log.Enter(ctx, w.id, subject, limit); (leave == nil) == (err == nil) {
-		w.Fatalf("a place for %q was answered with leave %t and error %v", subject, leave != nil, err)
+		w.Fatalf("a seat for %q was answered with leave %t and error %v", subject, leave != nil, err)
 	}
 	return leave, err
 }
 
-// full checks that there is no place.
+// full checks that there is no seat.
 func (w *world) full(subject string, limit int) {
 	w.Helper()
 	_, err := w.tryEnter(subject, limit)
 	w.refusal(schema.Code_CODE_TOO_MANY_CONNECTIONS, err)
 }
 
-func testPlacesAreLimited(w *world) {
+func testSeatsAreLimited(w *world) {
 	var leaves []func()
 	for range 3 {
 		leaves = append(leaves, w.enter("ada", 3))
@@ -84,7 +84,7 @@ func testPlacesAreLimited(w *world) {
 	}
 }
 
-func testPlacesAreApart(w *world) {
+func testSeatsAreApart(w *world) {
 	// Each of these is another user of another session, however names are put together.
 	names := []struct{ tenant, session, subject string }{
 		{"default", "case", "ada"},
@@ -130,7 +130,7 @@ func long(of string) string {
 	return name
 }
 
-func testPlacesWithoutLimit(w *world) {
+func testSeatsWithoutLimit(w *world) {
 	for _, limit := range []int{0, -1} {
 		var leaves []func()
 		for range 50 {
@@ -148,13 +148,13 @@ func testPlacesWithoutLimit(w *world) {
 	w.full("ada", 1)
 }
 
-func testPlacesStayWhenTheContextEnds(w *world) {
+func testSeatsStayWhenTheContextEnds(w *world) {
 	ctx, cancel := context.WithCancel(w.Context())
 	leave, err := w.log.Enter(ctx, w.id, "ada", 1)
 	if err != nil {
 		w.Fatal(err)
 	}
-	// The context is that of the asking. The place stays until it is left.
+	// The context is that of the asking. The seat stays until it is left.
 	cancel()
 	time.Sleep(time.Minute)
 	w.full("ada", 1)
@@ -162,7 +162,7 @@ func testPlacesStayWhenTheContextEnds(w *world) {
 	w.enter("ada", 1)()
 }
 
-func testPlacesHeldForLong(w *world) {
+func testSeatsHeldForLong(w *world) {
 	b := w.otherEdge()
 	x, y := w.enter("ada", 2), b.enter("ada", 2)
 	for range 3 {
@@ -177,7 +177,7 @@ func testPlacesHeldForLong(w *world) {
 	}
 }
 
-func testPlacesOverEdges(w *world) {
+func testSeatsOverEdges(w *world) {
 	b := w.otherEdge()
 	edges := []*world{w, b}
 	var leaves []func()
@@ -205,8 +205,8 @@ func testPlacesOverEdges(w *world) {
 	w.full("ada", 4)
 }
 
-// testPlacesHaveOneTaker has many come at once on two edges: as many get in as there are places.
-func testPlacesHaveOneTaker(w *world) {
+// testSeatsHaveOneTaker has many come at once on two edges: as many get in as there are seats.
+func testSeatsHaveOneTaker(w *world) {
 	edges := []*world{w, w.otherEdge()}
 	for round := range 10 {
 		var wg sync.WaitGroup
@@ -228,7 +228,7 @@ func testPlacesHaveOneTaker(w *world) {
 		}
 		wg.Wait()
 		if len(leaves) != 5 {
-			w.Fatalf("round %d: %d of 16 who came at once got one of 5 places", round, len(leaves))
+			w.Fatalf("round %d: %d of 16 who came at once got one of 5 seats", round, len(leaves))
 		}
 		for _, leave := range leaves {
 			wg.Go(leave)
@@ -239,8 +239,8 @@ func testPlacesHaveOneTaker(w *world) {
 	}
 }
 
-// testPlacesComeAndGo has people come and go on two edges as they like, and counts them from outside.
-func testPlacesComeAndGo(w *world) {
+// testSeatsComeAndGo has people come and go on two edges as they like, and counts them from outside.
+func testSeatsComeAndGo(w *world) {
 	const limit, people = 4, 3
 	edges := []*world{w, w.otherEdge()}
 	subjects := []string{"ada", "ben", "eve"}
@@ -288,7 +288,7 @@ func testPlacesComeAndGo(w *world) {
 	}
 }
 
-func testPlacesEndWithARestart(w *world) {
+func testSeatsEndWithARestart(w *world) {
 	if w.in.Restart == nil {
 		w.Skip("this log cannot be restarted")
 	}

@@ -21,13 +21,13 @@ func newGuest(w *World, session string, limit int) *guest {
 	return &guest{w, schema.SessionID{Tenant: "default", Name: session}, limit}
 }
 
-// try asks an edge for a place. The answer must come within seconds.
+// try asks an edge for a seat. The answer must come within seconds.
 func (g *guest) try(e *Edge) (func(), schema.Code) {
 	g.w.t.Helper()
 	began := time.Now()
 	leave, err := e.Log.Enter(context.Background(), g.session, "ada", g.limit)
 	if took := time.Since(began); took > 4*time.Second {
-		g.w.t.Errorf("%s took %s to answer who wanted a place", e.Name, took)
+		g.w.t.Errorf("%s took %s to answer who wanted a seat", e.Name, took)
 	}
 	if err == nil {
 		return leave, 0
@@ -35,25 +35,25 @@ func (g *guest) try(e *Edge) (func(), schema.Code) {
 	return nil, schema.CodeOf(err)
 }
 
-// in is a place that must be there.
+// in is a seat that must be there.
 func (g *guest) in(e *Edge) (leave func()) {
 	g.w.t.Helper()
 	leave, code := g.try(e)
 	if code != 0 {
-		g.w.t.Fatalf("%s refused a place: %s", e.Name, code.Word())
+		g.w.t.Fatalf("%s refused a seat: %s", e.Name, code.Word())
 	}
 	return leave
 }
 
-// out checks that there is no place.
+// out checks that there is no seat.
 func (g *guest) out(e *Edge, want schema.Code) {
 	g.w.t.Helper()
 	if _, code := g.try(e); code != want {
-		g.w.t.Fatalf("%s answered who wanted a place with %s, want %s", e.Name, code.Word(), want.Word())
+		g.w.t.Fatalf("%s answered who wanted a seat with %s, want %s", e.Name, code.Word(), want.Word())
 	}
 }
 
-// soon waits for a place and says how long that took.
+// soon waits for a seat and says how long that took.
 func (g *guest) soon(e *Edge) (leave func(), took time.Duration) {
 	g.w.t.Helper()
 	for began := time.Now(); ; g.w.Sleep(10 * time.Millisecond) {
@@ -62,9 +62,9 @@ func (g *guest) soon(e *Edge) (leave func(), took time.Duration) {
 		case code == 0:
 			return leave, took
 		case code != tooMany:
-			g.w.t.Fatalf("%s answered who wanted a place with %s", e.Name, code.Word())
+			g.w.t.Fatalf("%s answered who wanted a seat with %s", e.Name, code.Word())
 		case took > patience:
-			g.w.t.Fatalf("%s has no place within %s", e.Name, took)
+			g.w.t.Fatalf("%s has no seat within %s", e.Name, took)
 		}
 	}
 }
@@ -88,7 +88,7 @@ func (w *World) jetStream() jetstream.JetStream {
 	return js
 }
 
-// TestPresenceEndsWithItsEdge: the places that an edge held when it was killed are free within seconds, those of one that was drained at once. Nothing of either stays.
+// TestPresenceEndsWithItsEdge: the seats that an edge held when it was killed are free within seconds, those of one that was drained at once. Nothing of either stays.
 func TestPresenceEndsWithItsEdge(t *testing.T) {
 	Run(t, Config{Durability: schema.Durability_DURABILITY_OS}, func(w *World) {
 		js := w.jetStream()
@@ -104,12 +104,12 @@ func TestPresenceEndsWithItsEdge(t *testing.T) {
 		leave, took := g.soon(w.Edge(1))
 		t.Logf("free after %s", took)
 		if took < time.Second || took > 10*time.Second {
-			t.Errorf("the places of an edge that was killed are free after %s more; its lease is of 10 s", took)
+			t.Errorf("the seats of an edge that was killed are free after %s more; its lease is of 10 s", took)
 		}
 		second := g.in(w.Edge(1))
 		g.out(w.Edge(1), tooMany)
 
-		// The next life of the edge is another: it begins without places, and those of its life before do not come back with it.
+		// The next life of the edge is another: it begins without seats, and those of its life before do not come back with it.
 		w.Edge(0).boot()
 		g.out(w.Edge(0), tooMany)
 		once.in(w.Edge(1))
@@ -124,7 +124,7 @@ func TestPresenceEndsWithItsEdge(t *testing.T) {
 		g.out(w.Edge(1), tooMany)
 		w.DrainEdge(w.Edge(0), "The test stops it.")
 		if _, took := g.soon(w.Edge(1)); took > 100*time.Millisecond {
-			t.Errorf("the places of an edge that was drained are free after %s", took)
+			t.Errorf("the seats of an edge that was drained are free after %s", took)
 		}
 
 		// Records that nobody writes any more go by themselves.
@@ -151,8 +151,8 @@ func TestPresenceLeavesNothing(t *testing.T) {
 			}
 			g.in(w.Edge((i + 1) % 2))()
 		}
-		if n := w.Edge(0).Counted("tidemark_presence_places") + w.Edge(1).Counted("tidemark_presence_places"); n != 60 {
-			t.Errorf("%v places are counted of 60", n)
+		if n := w.Edge(0).Counted("tidemark_presence_seats") + w.Edge(1).Counted("tidemark_presence_seats"); n != 60 {
+			t.Errorf("%v seats are counted of 60", n)
 		}
 		w.Sleep(3 * time.Second)
 		if n := w.keys(js); n != 32 {
@@ -177,14 +177,14 @@ func TestPresenceLeavesNothing(t *testing.T) {
 			t.Errorf("the bucket has %d keys after everybody left, want a lease of each edge", n)
 		}
 		for i := range 2 {
-			if n := w.Edge(i).Counted("tidemark_presence_places"); n != 0 {
-				t.Errorf("%s counts %v places after everybody left", w.Edge(i).Name, n)
+			if n := w.Edge(i).Counted("tidemark_presence_seats"); n != 0 {
+				t.Errorf("%s counts %v seats after everybody left", w.Edge(i).Name, n)
 			}
 		}
 	})
 }
 
-// TestPresenceOfAFrozenEdge: an edge that does not reach NATS for long lets nobody in and loses its places. When it thaws it has those who are still there counted again, and nobody gets in before as many have left.
+// TestPresenceOfAFrozenEdge: an edge that does not reach NATS for long lets nobody in and loses its seats. When it thaws it has those who are still there counted again, and nobody gets in before as many have left.
 func TestPresenceOfAFrozenEdge(t *testing.T) {
 	Run(t, Config{Durability: schema.Durability_DURABILITY_OS}, func(w *World) {
 		g, other := newGuest(w, "s", 2), newGuest(w, "other", 2)
@@ -213,12 +213,12 @@ func TestPresenceOfAFrozenEdge(t *testing.T) {
 		last, took := g.soon(w.Edge(1))
 		defer last()
 		if took > 100*time.Millisecond {
-			t.Errorf("the place of one who left is free after %s", took)
+			t.Errorf("the seat of one who left is free after %s", took)
 		}
 	})
 }
 
-// TestPresenceOverARestartOfNATS: the bucket is lost with the server's memory. Nobody is refused a place that is free, and what edges hold is counted again within seconds.
+// TestPresenceOverARestartOfNATS: the bucket is lost with the server's memory. Nobody is refused a seat that is free, and what edges hold is counted again within seconds.
 func TestPresenceOverARestartOfNATS(t *testing.T) {
 	for _, c := range []struct {
 		name    string
@@ -243,7 +243,7 @@ func TestPresenceOverARestartOfNATS(t *testing.T) {
 						l, code := half.try(e)
 						out = l
 						if code == tooMany {
-							t.Fatalf("round %d: a place that is free was refused right after NATS came back", round)
+							t.Fatalf("round %d: a seat that is free was refused right after NATS came back", round)
 						}
 						return code == 0
 					})
