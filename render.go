@@ -60,7 +60,7 @@ func (r *textRenderer) show(e *schema.Envelope) {
 	case *schema.Envelope_StartRun:
 		r.line("start_run "+p.StartRun.GetRunId(), p.StartRun.GetInputJson())
 	case *schema.Envelope_RunStatus:
-		r.line("run "+statusWord(p.RunStatus.GetStatus()), p.RunStatus.GetReason())
+		r.line("run "+schema.StatusWord(p.RunStatus.GetStatus()), p.RunStatus.GetReason())
 	case *schema.Envelope_System:
 		r.line("system", p.System.GetMessage())
 	case *schema.Envelope_UserMessage:
@@ -134,9 +134,4 @@ func (r *textRenderer) write(s string) {
 		}, s)
 	}
 	_, _ = r.out.WriteString(s) // a Writer remembers its error for Flush
-}
-
-// statusWord is a status as the JSON form names it.
-func statusWord(s schema.Status) string {
-	return strings.ToLower(strings.TrimPrefix(s.String(), "STATUS_"))
 }

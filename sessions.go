@@ -32,7 +32,7 @@ type sessionsLsCommand struct {
 // Run lists page by page.
 func (c *sessionsLsCommand) Run(ctx context.Context, env *environment) error {
 	status := schema.Status(schema.Status_value["STATUS_"+strings.ToUpper(c.Status)])
-	if c.Status != "" && (status == schema.Status_STATUS_UNSPECIFIED || statusWord(status) != c.Status) {
+	if c.Status != "" && (status == schema.Status_STATUS_UNSPECIFIED || schema.StatusWord(status) != c.Status) {
 		return usage("--status %s is none that sessions have", c.Status)
 	}
 	l, err := c.connect(ctx, env)
@@ -154,7 +154,7 @@ func (t *sessionTable) add(s *schema.Session) error {
 	if s.GetFirstSeq() > 0 {
 		first = fmt.Sprint(s.GetFirstSeq()) // a listing does not know it
 	}
-	_, err := fmt.Fprintf(t.tab, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", printable(s.GetSession()), kind, statusWord(s.GetStatus()), first, s.GetHeadSeq(),
+	_, err := fmt.Fprintf(t.tab, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", printable(s.GetSession()), kind, schema.StatusWord(s.GetStatus()), first, s.GetHeadSeq(),
 		s.GetCreated().AsTime().Format(time.RFC3339), s.GetUpdated().AsTime().Format(time.RFC3339), s.GetEpoch())
 	return err
 }

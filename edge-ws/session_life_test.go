@@ -375,6 +375,7 @@ func TestRefresh(t *testing.T) {
 		refresh(s, lasting(t, "ada", schema.Role_ROLE_USER, time.Hour, "t"))
 		s.wantType("refreshed")
 		s.wantRefused("forbidden", `no access to session "s"`)
+		synctest.Wait()
 		if strings.Contains(w.logs.String(), good[:20]) {
 			t.Errorf("the log says\n%s", w.logs)
 		}

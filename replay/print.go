@@ -237,7 +237,7 @@ func event(e *schema.Envelope) string {
 	case *schema.Envelope_StartRun:
 		return "· run " + m.StartRun.GetRunId() + " starts"
 	case *schema.Envelope_RunStatus:
-		s := "· run " + m.RunStatus.GetRunId() + ": " + strings.ToLower(strings.TrimPrefix(m.RunStatus.GetStatus().String(), "STATUS_"))
+		s := "· run " + m.RunStatus.GetRunId() + ": " + schema.StatusWord(m.RunStatus.GetStatus())
 		return s + behind(", ", m.RunStatus.GetReason())
 	case *schema.Envelope_System:
 		return "· " + m.System.GetMessage()

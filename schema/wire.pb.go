@@ -923,7 +923,7 @@ type Limits struct {
 	// How many it may publish at once after a pause.
 	BurstEnvelopes uint32 `protobuf:"varint,6,opt,name=burst_envelopes,json=burstEnvelopes,proto3" json:"burst_envelopes,omitempty"`
 	// How many connections of one user may follow one session at once, over all edges; 0: any number.
-	MaxConnectionsPerSession uint32 `protobuf:"varint,7,opt,name=max_connections_per_session,json=maxConnectionsPerSession,proto3" json:"max_connections_per_session,omitempty"`
+	MaxUserConnectionsPerSession uint32 `protobuf:"varint,7,opt,name=max_user_connections_per_session,json=maxUserConnectionsPerSession,proto3" json:"max_user_connections_per_session,omitempty"`
 	// How many bytes of publishes may be unanswered before the edge reads no further.
 	MaxInFlightBytes uint32 `protobuf:"varint,8,opt,name=max_in_flight_bytes,json=maxInFlightBytes,proto3" json:"max_in_flight_bytes,omitempty"`
 	unknownFields    protoimpl.UnknownFields
@@ -1002,9 +1002,9 @@ func (x *Limits) GetBurstEnvelopes() uint32 {
 	return 0
 }
 
-func (x *Limits) GetMaxConnectionsPerSession() uint32 {
+func (x *Limits) GetMaxUserConnectionsPerSession() uint32 {
 	if x != nil {
-		return x.MaxConnectionsPerSession
+		return x.MaxUserConnectionsPerSession
 	}
 	return 0
 }
@@ -2172,15 +2172,15 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\x06limits\x18\x04 \x01(\v2\x13.tidemark.v1.LimitsR\x06limits\x121\n" +
 	"\tprincipal\x18\x05 \x01(\v2\x13.tidemark.v1.SourceR\tprincipal\x12\x16\n" +
 	"\x06tenant\x18\x06 \x01(\tR\x06tenant\x124\n" +
-	"\aexpires\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x8f\x03\n" +
+	"\aexpires\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x98\x03\n" +
 	"\x06Limits\x12,\n" +
 	"\x12max_envelope_bytes\x18\x01 \x01(\rR\x10maxEnvelopeBytes\x122\n" +
 	"\x15max_publish_envelopes\x18\x02 \x01(\rR\x13maxPublishEnvelopes\x122\n" +
 	"\x15max_attached_sessions\x18\x03 \x01(\rR\x13maxAttachedSessions\x12&\n" +
 	"\x0fmax_frame_bytes\x18\x04 \x01(\rR\rmaxFrameBytes\x120\n" +
 	"\x14envelopes_per_second\x18\x05 \x01(\x01R\x12envelopesPerSecond\x12'\n" +
-	"\x0fburst_envelopes\x18\x06 \x01(\rR\x0eburstEnvelopes\x12=\n" +
-	"\x1bmax_connections_per_session\x18\a \x01(\rR\x18maxConnectionsPerSession\x12-\n" +
+	"\x0fburst_envelopes\x18\x06 \x01(\rR\x0eburstEnvelopes\x12F\n" +
+	" max_user_connections_per_session\x18\a \x01(\rR\x1cmaxUserConnectionsPerSession\x12-\n" +
 	"\x13max_in_flight_bytes\x18\b \x01(\rR\x10maxInFlightBytes\"\xb2\x02\n" +
 	"\x06Attach\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\rR\achannel\x12\x18\n" +

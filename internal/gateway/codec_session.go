@@ -196,7 +196,7 @@ func (sessionCodec) frame(w *writer, f *schema.ServerFrame) {
 	case *schema.ServerFrame_Attached:
 		a := m.Attached
 		appendData(w, "attached", sessionAttached{
-			Epoch: a.GetEpoch(), FirstSeq: a.GetFirstSeq(), HeadSeq: a.GetHeadSeq(), AfterSeq: a.GetAfterSeq(), Status: statusWord(a.GetStatus()),
+			Epoch: a.GetEpoch(), FirstSeq: a.GetFirstSeq(), HeadSeq: a.GetHeadSeq(), AfterSeq: a.GetAfterSeq(), Status: schema.StatusWord(standing(a.GetStatus())),
 		})
 		if held := w.held; held != nil {
 			w.held = nil
@@ -265,10 +265,10 @@ func title(c schema.Code) string {
 	}
 }
 
-// statusWord is where a session stands; one without an envelope is open.
-func statusWord(s schema.Status) string {
+// standing is where a session stands; one without an envelope is open.
+func standing(s schema.Status) schema.Status {
 	if s == schema.Status_STATUS_UNSPECIFIED {
-		s = schema.Status_STATUS_OPEN
+		return schema.Status_STATUS_OPEN
 	}
-	return strings.ToLower(strings.TrimPrefix(s.String(), "STATUS_"))
+	return s
 }

@@ -101,9 +101,7 @@ func (w *writer) behindTheEnd(a *attachment) {
 	if !a.sole() {
 		return
 	}
-	switch status := a.follower.Attachment().Status; status {
-	case schema.Status_STATUS_COMPLETED, schema.Status_STATUS_FAILED, schema.Status_STATUS_CANCELLED:
-		w.c.finish(&ending{said: statusWord(status)})
-	default:
+	if status := a.follower.Attachment().Status; schema.Ended(status) {
+		w.c.finish(&ending{said: schema.StatusWord(status)})
 	}
 }

@@ -69,8 +69,8 @@ func (c *conn) hello(m *schema.Hello) error {
 			MaxAttachedSessions: uint32(limits.Sessions),
 			MaxFrameBytes:       schema.MaxFrameBytes,
 			EnvelopesPerSecond:  c.rate.PerSecond, BurstEnvelopes: uint32(c.rate.Burst),
-			MaxConnectionsPerSession: uint32(limits.connections(c.principal.Role)),
-			MaxInFlightBytes:         uint32(c.g.cfg.MaxInFlightBytes),
+			MaxUserConnectionsPerSession: uint32(limits.connections(c.principal.Role)),
+			MaxInFlightBytes:             uint32(c.g.cfg.MaxInFlightBytes),
 		},
 		Principal: c.principal.Source(), Tenant: c.principal.Tenant, Expires: expiresOf(c.principal),
 	}}})

@@ -188,7 +188,7 @@ func TestTokenOfHelloExpires(t *testing.T) {
 			t.Errorf("the welcome says %v, want %v", m.GetExpires().AsTime(), expires)
 		}
 		l := m.GetLimits()
-		if l.GetEnvelopesPerSecond() != 10 || l.GetBurstEnvelopes() != 20 || l.GetMaxConnectionsPerSession() != 5 || l.GetMaxAttachedSessions() != 1000 || l.GetMaxInFlightBytes() != DefaultMaxInFlightBytes {
+		if l.GetEnvelopesPerSecond() != 10 || l.GetBurstEnvelopes() != 20 || l.GetMaxUserConnectionsPerSession() != 5 || l.GetMaxAttachedSessions() != 1000 || l.GetMaxInFlightBytes() != DefaultMaxInFlightBytes {
 			t.Errorf("the welcome's limits are %v", l)
 		}
 		time.Sleep(time.Hour)
