@@ -145,7 +145,7 @@ func (x *intruder) Socket(target string, h http.Header, subprotocols []string, m
 			x.w.must(err)
 			return c.Write(ctx, websocket.MessageBinary, b)
 		}
-		return c.Write(ctx, websocket.MessageText, []byte(m.(string))) //nolint:errcheck // one or the other
+		return c.Write(ctx, websocket.MessageText, []byte(m.(string)))
 	}, func() (string, error) {
 		typ, b, err := c.Read(ctx)
 		if err != nil {
