@@ -9,9 +9,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"sync"
 	"testing"
 	"time"
@@ -310,7 +312,15 @@ func TestIPCFile(t *testing.T) {
 	}
 	f.enter(t, "a client").leave()
 
-	p.stop()
+	// The application's terminal is closed.
+	if signal.Ignored(syscall.SIGHUP) {
+		p.stop() // whoever runs the tests wants them to outlive the terminal, and the process inherits that
+	} else {
+		p.signal(syscall.SIGHUP)
+		if code := p.wait(); code != exitDone {
+			t.Errorf("exit code %d after SIGHUP:\n%s", code, p.err)
+		}
+	}
 	if _, err := os.Stat(path); !os.IsNotExist(err) {
 		t.Errorf("the file is left: %v", err)
 	}

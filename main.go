@@ -75,6 +75,10 @@ func main() {
 	ctx, end := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) {
+		// The terminal was closed. Who started the process with nohup wants it to go on.
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	go func() {
 		// The first signal asks for an orderly end. Who sends a second does not want to wait for it.
 		end(fmt.Errorf("%s signal received", <-signals))
