@@ -68,6 +68,11 @@ func TestLimitsOfAProcess(t *testing.T) {
 		{"--user-connections=-1"},
 		{"--max-sessions=0"},
 		{"--max-in-flight-mb=0"},
+		{"--max-in-flight-mb=1025"},
+		{"--max-in-flight-mb=8796093022208"},
+		{"--queue-mb=8796093022208"},
+		{"--agent-burst=1000000001"},
+		{"--max-sessions=4294967297"},
 	} {
 		for _, command := range []string{"dev", "edge-ws", "edge-grpc"} {
 			if r := tidemark(t, nil, append([]string{command, "--data-dir", dir}, args...)...); r.code != exitUsage {

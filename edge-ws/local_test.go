@@ -33,6 +33,21 @@ func handler(t *testing.T, change func(*Config)) http.Handler {
 	return e.Handler()
 }
 
+// TestLoopbackHasNoPage: who asks for both is told.
+func TestLoopbackHasNoPage(t *testing.T) {
+	v, err := auth.NewVerifier(auth.Config{Secret: []byte(secret)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := gateway.New(gateway.Config{Log: broker.NewMemoryLog(), Verify: v.Verify})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(Config{Gateway: g, Verify: v.Verify, Loopback: true, Page: true}); err == nil {
+		t.Error("an edge was made of both")
+	}
+}
+
 // TestLoopbackRefuses tries what pages, other machines and programs that do not know better may send to a desktop application's socket.
 func TestLoopbackRefuses(t *testing.T) {
 	h := handler(t, func(c *Config) {

@@ -18,10 +18,10 @@ import (
 
 // How fresh the keys of a JWKS are.
 const (
-	// DefaultJWKSEvery is how often the set is read again: the longest that a key which was withdrawn goes on being accepted while its source can be read.
-	DefaultJWKSEvery = 5 * time.Minute
-	// DefaultJWKSGap is the shortest time between two reads that tokens with an unknown key ask for. Such a token costs its sender nothing; the source must not pay for it.
-	DefaultJWKSGap = 5 * time.Second
+	// JWKSEvery is how often the set is read again: the longest that a key which was withdrawn goes on being accepted while its source can be read.
+	JWKSEvery = 5 * time.Minute
+	// JWKSGap is the shortest time between two reads that tokens with an unknown key ask for. Such a token costs its sender nothing; the source must not pay for it.
+	JWKSGap = 5 * time.Second
 	// JWKSMaxAge is how long keys go on being used while their source cannot be read. An outage of an issuer should not be one of ours; but a key withdrawn meanwhile must not live for ever.
 	JWKSMaxAge = 24 * time.Hour
 	// jwksFilePoll is how often a file is looked at. Only one that changed is read.
@@ -83,7 +83,7 @@ func newKeys(c *Config) (*keys, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &keys{every: c.JWKSEvery, gap: c.JWKSGap, log: c.Logger, metrics: m, source: source, wake: make(chan struct{}, 1)}
+	k := &keys{every: JWKSEvery, gap: JWKSGap, log: c.Logger, metrics: m, source: source, wake: make(chan struct{}, 1)}
 	if source.url != nil {
 		return k, nil
 	}

@@ -24,11 +24,14 @@ import (
 )
 
 // running makes a verifier and runs it until the test ends.
-func running(t *testing.T, c auth.Config) *auth.Verifier {
+func running(t *testing.T, c auth.Config, changes ...func(*auth.Verifier)) *auth.Verifier {
 	t.Helper()
 	v, err := auth.NewVerifier(c)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, change := range changes {
+		change(v)
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error)
@@ -77,7 +80,7 @@ func TestKeysOfAFileRotate(t *testing.T) {
 		wants(t, v, "at first", out, three)
 
 		// A new key is used at once.
-		time.Sleep(auth.DefaultJWKSGap)
+		time.Sleep(auth.JWKSGap)
 		write(t, path, set(k.rsa.public(), k.ec.public(), k.ed.public()))
 		wants(t, v, "with a third key", in, one, two, three)
 
@@ -136,7 +139,7 @@ func TestKeysOfAFileRotate(t *testing.T) {
 		if err := errors.Join(os.WriteFile(path, other, 0o600), os.Chtimes(path, info.ModTime(), info.ModTime())); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(auth.DefaultJWKSEvery + time.Minute)
+		time.Sleep(auth.JWKSEvery + time.Minute)
 		wants(t, v, "with a file that looks the same", out, two)
 		wants(t, v, "with a file that looks the same", in, k.ec2.token(t, life))
 	})
@@ -149,7 +152,7 @@ func TestKeysOfAURLRotate(t *testing.T) {
 	server := httptest.NewServer(&idp)
 	defer server.Close()
 	idp.publishes(k.rsa.public(), k.ec.public())
-	v := running(t, auth.Config{JWKS: auth.Source(server.URL + "/jwks.json"), JWKSGap: time.Nanosecond, JWKSEvery: time.Hour})
+	v := running(t, auth.Config{JWKS: auth.Source(server.URL + "/jwks.json")}, func(v *auth.Verifier) { v.ReadsEvery(time.Hour, time.Nanosecond) })
 
 	// The first token may come before the first read, and before Run.
 	waitReady(t, v)
@@ -192,7 +195,7 @@ func TestPeriodicRefresh(t *testing.T) {
 		old := k.ec.token(t, nil)
 		wants(t, v, "at first", in, old)
 		idp.publishes(k.ed.public())
-		time.Sleep(auth.DefaultJWKSEvery - time.Second)
+		time.Sleep(auth.JWKSEvery - time.Second)
 		wants(t, v, "before it was read again", in, old)
 		time.Sleep(2 * time.Second)
 		wants(t, v, "after it was read again", out, old)
@@ -211,7 +214,7 @@ func TestFloodOfUnknownKeys(t *testing.T) {
 			_, _ = w.Write(b)
 		})
 		v := running(t, auth.Config{JWKS: "http://idp.example/jwks", Transport: idp.inBubble(t)})
-		time.Sleep(slow + auth.DefaultJWKSGap)
+		time.Sleep(slow + auth.JWKSGap)
 		synctest.Wait()
 		if n := idp.asked.Load(); n != 1 {
 			t.Fatalf("asked %d times at the start", n)
@@ -291,7 +294,7 @@ func TestOutage(t *testing.T) {
 			t.Error("ready with keys that are too old")
 		}
 		idp.publishes(k.ed.public())
-		time.Sleep(auth.DefaultJWKSEvery)
+		time.Sleep(auth.JWKSEvery)
 		wants(t, v, "back once more", in, token)
 
 		families, err := metrics.Gather()
@@ -310,7 +313,7 @@ func TestOutage(t *testing.T) {
 			}
 		}
 		if got["tidemark_auth_jwks_keys"] != 1 || got["tidemark_auth_jwks_reads_total failed"] < 250 || got["tidemark_auth_jwks_reads_total ok"] < 2 ||
-			time.Since(time.Unix(int64(got["tidemark_auth_jwks_last_read_timestamp_seconds"]), 0)) > 2*auth.DefaultJWKSEvery {
+			time.Since(time.Unix(int64(got["tidemark_auth_jwks_last_read_timestamp_seconds"]), 0)) > 2*auth.JWKSEvery {
 			t.Errorf("metrics %v", got)
 		}
 	})
@@ -395,7 +398,7 @@ func TestAskingWhileItIsRead(t *testing.T) {
 		const rounds = 200
 		forged := k.ed.token(t, map[string]any{"exp": time.Now().Add(1000 * time.Hour).Unix()})
 		for range rounds {
-			time.Sleep(auth.DefaultJWKSEvery)
+			time.Sleep(auth.JWKSEvery)
 			wants(t, v, "at the same moment", out, forged)
 			synctest.Wait()
 		}
@@ -403,6 +406,63 @@ func TestAskingWhileItIsRead(t *testing.T) {
 			t.Errorf("asked %d times in %d rounds", n-1, rounds)
 		}
 	})
+}
+
+// TestAskingEndsWithTheAsker: whoever gives up, or is cut, does not wait for a source that takes its time; the others have the read all the same.
+func TestAskingEndsWithTheAsker(t *testing.T) {
+	k := keyring()
+	synctest.Test(t, func(t *testing.T) {
+		var idp issuer
+		idp.publishes(k.ec.public())
+		transport := idp.inBubble(t)
+		held := make(chan struct{})
+		v := running(t, auth.Config{JWKS: "http://idp.example/jwks", Transport: slowly(func(r *http.Request) (*http.Response, error) {
+			<-held
+			return transport.RoundTrip(r)
+		})})
+		synctest.Wait()
+		token := k.ec.token(t, nil)
+		ctx, leave := context.WithCancel(t.Context())
+		gone, stays := make(chan error, 1), make(chan error, 1)
+		go func() {
+			_, err := v.Verify(ctx, token)
+			gone <- err
+		}()
+		go func() {
+			_, err := v.Verify(t.Context(), token)
+			stays <- err
+		}()
+		synctest.Wait()
+		leave()
+		if err := <-gone; schema.CodeOf(err) != schema.Code_CODE_UNAVAILABLE {
+			t.Errorf("who left got %v", err)
+		}
+		close(held)
+		if err := <-stays; err != nil {
+			t.Errorf("who stayed got %v", err)
+		}
+	})
+}
+
+// slowly is a function as a transport.
+type slowly func(*http.Request) (*http.Response, error)
+
+func (f slowly) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// TestSourceNames: a file is told from a URL, and nothing that may be secret in one is shown.
+func TestSourceNames(t *testing.T) {
+	for where, shown := range map[auth.Source]string{
+		"": "", "keys/jwks.json": "keys/jwks.json", "https://ada:pass-word@idp.example:8443/keys?key=que-ry#x": "https://idp.example:8443/keys", "http://idp.example": "http://idp.example",
+	} {
+		if where.String() != shown || where.Check() != nil {
+			t.Errorf("%q is shown as %q, %v", string(where), where, where.Check())
+		}
+	}
+	for _, where := range []auth.Source{"ftp://idp.example/pass-word", "https:///pass-word", "https://pass-word%zz/"} {
+		if err := where.Check(); err == nil || strings.Contains(err.Error()+where.String(), "pass-word") {
+			t.Errorf("%q is shown as %q, %v", string(where), where, err)
+		}
+	}
 }
 
 // TestSourcesThatAreNotBelieved: each answer has the set of a key in it, somehow, and none may make the key count. Logs repeat nothing that is secret in the URL.
@@ -444,7 +504,9 @@ func TestSourcesThatAreNotBelieved(t *testing.T) {
 			defer server.Close()
 			var logs lockedBuffer
 			where := strings.Replace(server.URL, "https://", "https://ada:pass-word@", 1) + "/jwks?key=que-ry"
-			v := running(t, auth.Config{JWKS: auth.Source(where), JWKSGap: time.Millisecond, Transport: server.Client().Transport, Logger: slog.New(slog.NewTextHandler(&logs, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+			v := running(t, auth.Config{
+				JWKS: auth.Source(where), Transport: server.Client().Transport, Logger: slog.New(slog.NewTextHandler(&logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
+			}, func(v *auth.Verifier) { v.ReadsEvery(auth.JWKSEvery, time.Millisecond) })
 			if row.logs == "" {
 				waitReady(t, v)
 				wants(t, v, name, in, k.ed.token(t, nil))
@@ -454,6 +516,7 @@ func TestSourcesThatAreNotBelieved(t *testing.T) {
 					wants(t, v, name, cannot, k.ed.token(t, nil))
 				}
 				logs.waitFor(t, row.logs)
+				logs.waitFor(t, "and never were")
 			}
 			if s := logs.String(); strings.Contains(s, "pass-word") || strings.Contains(s, "que-ry") {
 				t.Errorf("the log says %s", s)
@@ -542,7 +605,6 @@ func TestConfigIsChecked(t *testing.T) {
 		"a file too large":               {auth.Config{JWKS: auth.Source(file("e", bytes.Repeat([]byte(" "), auth.JWKSMaxBytes+1)))}, "larger than 1 MiB"},
 		"another scheme":                 {auth.Config{JWKS: "ftp://idp.example/jwks"}, "https://"},
 		"a URL without a host":           {auth.Config{JWKS: "https:///jwks"}, "https://"},
-		"a negative time":                {auth.Config{JWKS: "https://idp.example/", JWKSEvery: -1}, "negative"},
 		"a URL that nobody has asked":    {auth.Config{JWKS: "https://idp.example/jwks"}, ""},
 		"a set":                          {auth.Config{JWKS: auth.Source(file("f", set(k.ed.public()))), Issuer: "x", Audience: "y"}, ""},
 	} {

@@ -34,10 +34,6 @@ type Config struct {
 	Issuer, Audience string
 	// Leeway is how long after exp, and before nbf, a token is still accepted. Default [DefaultLeeway]; negative for none.
 	Leeway time.Duration
-	// JWKSEvery is how often the JWKS is read again. Default [DefaultJWKSEvery].
-	JWKSEvery time.Duration
-	// JWKSGap is the shortest time between two reads because of tokens whose key is unknown. Default [DefaultJWKSGap].
-	JWKSGap time.Duration
 	// Transport fetches the JWKS of a URL. Default: one that obeys the environment's proxy.
 	Transport http.RoundTripper
 	// Logger gets what happens to the JWKS. Default: discarded.
@@ -57,20 +53,12 @@ func (c *Config) validate() error {
 		return refuse("The secret for tokens has %d bytes; HS256 needs at least %d.", len(c.Secret), MinSecretBytes)
 	case c.JWKS == "" && (c.Issuer != "" || c.Audience != ""):
 		return refuse("An issuer or an audience is of tokens signed with keys of a JWKS, and none is set.")
-	case c.JWKSEvery < 0 || c.JWKSGap < 0:
-		return refuse("The times between two reads of the JWKS cannot be negative.")
 	}
 	switch {
 	case c.Leeway == 0:
 		c.Leeway = DefaultLeeway
 	case c.Leeway < 0:
 		c.Leeway = 0
-	}
-	if c.JWKSEvery == 0 {
-		c.JWKSEvery = DefaultJWKSEvery
-	}
-	if c.JWKSGap == 0 {
-		c.JWKSGap = DefaultJWKSGap
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

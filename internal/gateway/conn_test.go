@@ -352,4 +352,29 @@ func TestNewChecksConfig(t *testing.T) {
 	if _, err := New(Config{Verify: verify}); err == nil {
 		t.Error("a gateway without Log was made")
 	}
+	// What the welcome says in 32 bits, and what would not be a bound.
+	for name, change := range map[string]func(*Config){
+		"in flight, too many bytes": func(c *Config) { c.MaxInFlightBytes = 4096 << 20 },
+		"in flight, overflown":      func(c *Config) { c.MaxInFlightBytes = -1 },
+		"in flight":                 func(c *Config) { c.MaxInFlight = -1 },
+		"connections":               func(c *Config) { c.MaxConnections = Largest + 1 },
+		"a burst":                   func(c *Config) { c.Limits.Agent = Rate{1, Largest + 1} },
+		"a negative burst":          func(c *Config) { c.Limits.User = Rate{0, -1} },
+		"user connections":          func(c *Config) { c.Limits.UserConnections = Largest + 1 },
+		"sessions":                  func(c *Config) { c.Limits.Sessions = Largest + 1 },
+		"negative sessions":         func(c *Config) { c.Limits.Sessions = -1 },
+	} {
+		cfg := Config{Log: broker.NewMemoryLog(), Verify: verify, Limits: DefaultLimits()}
+		change(&cfg)
+		if _, err := New(cfg); err == nil {
+			t.Errorf("%s: a gateway was made", name)
+		}
+	}
+	most := Config{
+		Log: broker.NewMemoryLog(), Verify: verify, MaxConnections: Largest, MaxInFlight: Largest, MaxInFlightBytes: LargestInFlightBytes,
+		Limits: Limits{User: Rate{1, Largest}, Agent: Rate{1, Largest}, UserConnections: Largest, Sessions: Largest},
+	}
+	if _, err := New(most); err != nil {
+		t.Error(err)
+	}
 }

@@ -268,6 +268,35 @@ func TestRefreshOnSessionSocket(t *testing.T) {
 	})
 }
 
+// TestTokenThatNeverEnds: a principal without times is one whose connection does not end with them, and no frame says that it does.
+func TestTokenThatNeverEnds(t *testing.T) {
+	never := func(c *Config) {
+		c.Verify = func(context.Context, string) (*auth.Principal, error) { return principal("user", "*"), nil }
+	}
+	for _, as := range []Protocol{Proto, ProtoJSON} {
+		bubble(t, never, func(w *world) {
+			p := w.dial(Peer{Protocol: as, Principal: principal("user", "*")})
+			p.renew("x")
+			if r := p.frame().GetRefreshed(); r == nil || r.GetExpires() != nil {
+				t.Errorf("got %v", r)
+			}
+			time.Sleep(1000 * time.Hour)
+			p.wantNothing()
+			p.leave()
+		})
+	}
+	bubble(t, never, func(w *world) {
+		p := w.dial(Peer{Protocol: SessionJSON, Principal: principal("user", "*"), Session: "s", Follow: &schema.Attach{Session: "s"}})
+		heard := p.listen()
+		p.renew("x")
+		time.Sleep(1000 * time.Hour)
+		p.leave()
+		if said := fmt.Sprint(<-heard); said != "[attached refreshed]" {
+			t.Errorf("it said %s", said)
+		}
+	})
+}
+
 // TestRefreshRefused: a token that is not the connection's own ends it; nothing of the old is kept by trying.
 func TestRefreshRefused(t *testing.T) {
 	other := func(change func(*ticket)) string {
