@@ -71,7 +71,7 @@ type presence struct {
 	// tidying is how the writing of records goes. It is tidyAll's.
 	tidying series
 
-	mu     sync.Mutex // guards all below
+	mu    sync.Mutex // guards all below
 	seats map[user]*seats
 	// dirty are those whose records may not say what is held.
 	dirty map[*seats]bool
@@ -108,15 +108,9 @@ type seats struct {
 
 func newPresence(l *JetStreamLog) *presence {
 	return &presence{
-		beats: series{
-			logger: l.logger, works: "this edge's lease is written again",
-			fails: "this edge's lease cannot be written; while that lasts, users may be refused as unavailable",
-		},
-		tidying: series{
-			logger: l.logger, works: "the connections of users to this edge are written down again",
-			fails: "the connections of users to this edge cannot be written down; until they are, other edges count them as they were",
-		},
-		log: l, logger: l.logger, holder: newHolder(l.edge), metrics: newPresenceMetrics(l.cfg.Metrics), seats: map[user]*seats{}, dirty: map[*seats]bool{},
+		beats:   series{logger: l.logger, what: "this edge's lease", meanwhile: "users may be refused as unavailable"},
+		tidying: series{logger: l.logger, what: "the connections of users to this edge", meanwhile: "other edges count them as they were"},
+		log:     l, logger: l.logger, holder: newHolder(l.edge), metrics: newPresenceMetrics(l.cfg.Metrics), seats: map[user]*seats{}, dirty: map[*seats]bool{},
 		beatNow: make(chan struct{}, 1), tidyNow: make(chan struct{}, 1), beating: make(chan struct{}, 1),
 	}
 }
@@ -392,9 +386,9 @@ func (p *presence) tidyThese(ctx context.Context, dirty []*seats) error {
 
 // series is how something goes that is tried again and again, so that the log says when it begins to fail and when it works again, and not each time. Not for concurrent use.
 type series struct {
-	logger       *slog.Logger
-	fails, works string // what the log says
-	failing      bool
+	logger          *slog.Logger
+	what, meanwhile string // what is written, and what its failing means, as the log says it
+	failing         bool
 }
 
 // note takes in the outcome of an attempt. What the end of ctx, or of the log, made of it is no failure.
@@ -402,14 +396,14 @@ func (s *series) note(ctx context.Context, err error) {
 	switch {
 	case err == nil && s.failing:
 		s.failing = false
-		s.logger.Info(s.works, "bucket", presenceBucket)
+		s.logger.Info("presence is written again", "what", s.what, "bucket", presenceBucket)
 	case err == nil || s.failing || ctx.Err() != nil || errors.Is(err, nats.ErrConnectionClosed):
 	case errors.Is(err, errNoBucket):
 		// lose says it.
 		s.failing = true
 	default:
 		s.failing = true
-		s.logger.Warn(s.fails, "bucket", presenceBucket, "error", err)
+		s.logger.Warn("presence cannot be written", "what", s.what, "meanwhile", s.meanwhile, "bucket", presenceBucket, "error", err)
 	}
 }
 
@@ -473,7 +467,7 @@ func signal(ch chan<- struct{}) {
 
 // presenceMetrics are presence's, as Prometheus counts them.
 type presenceMetrics struct {
-	seats     prometheus.Gauge
+	seats      prometheus.Gauge
 	leasesLost prometheus.Counter
 }
 

@@ -138,10 +138,10 @@ func TestPresenceSaysWhatFails(t *testing.T) {
 		if _, err := l.Enter(t.Context(), id, "ada", 1); schema.CodeOf(err) != schema.Code_CODE_UNAVAILABLE || strings.Contains(schema.AsRefusal(err).Message, "NATS") {
 			t.Errorf("a user was answered %v", err)
 		}
-		said("while nothing can be written", "message size exceeds", "WARN msg=\"this edge's lease cannot be written", "WARN msg=\"the connections of users to this edge cannot be written down")
+		said("while nothing can be written", "message size exceeds", `WARN msg="presence cannot be written" what="this edge's lease"`, `WARN msg="presence cannot be written" what="the connections of users to this edge"`)
 		resize(-1)
 		time.Sleep(edgeBeatEvery)
-		said("when it can be written again", "", "INFO msg=\"this edge's lease is written again", "INFO msg=\"the connections of users to this edge are written down again")
+		said("when it can be written again", "", `INFO msg="presence is written again" what="this edge's lease"`, `INFO msg="presence is written again" what="the connections of users to this edge"`)
 		if leave, err = l.Enter(t.Context(), id, "ada", 1); err != nil {
 			t.Fatal(err)
 		}
