@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -33,13 +34,13 @@ type sessionsLsCommand struct {
 func (c *sessionsLsCommand) Run(ctx context.Context, env *environment) error {
 	status := schema.Status(schema.Status_value["STATUS_"+strings.ToUpper(c.Status)])
 	if c.Status != "" && (status == schema.Status_STATUS_UNSPECIFIED || schema.StatusWord(status) != c.Status) {
-		return usage("--status %s is none that sessions have", c.Status)
+		return usage("--status %s is none that sessions have: open, running, waiting_for_input, completed, failed, cancelled", c.Status)
 	}
 	l, err := c.connect(ctx, env)
 	if err != nil {
 		return err
 	}
-	t := newSessionTable(env, c.JSON)
+	t := newSessionTable(env, c.JSON, false)
 	left, more := c.Limit, false
 	req := &schema.ListSessionsRequest{PageSize: 1000, Prefix: c.Prefix, Status: status}
 	for {
@@ -78,7 +79,7 @@ func (c *sessionsShowCommand) Run(ctx context.Context, env *environment) error {
 	if err != nil {
 		return err
 	}
-	t := newSessionTable(env, c.JSON)
+	t := newSessionTable(env, c.JSON, true)
 	var failed error
 	for _, name := range c.Session {
 		s, err := l.Session(ctx, name)
@@ -126,12 +127,14 @@ func oneBehindTheOther(env *environment, before, err error) error {
 type sessionTable struct {
 	env  *environment
 	json bool
+	// live: it is known which seq is the first that can still be read. The registry, which listings come from, does not know.
+	live bool
 	tab  *tabwriter.Writer
 	rows int
 }
 
-func newSessionTable(env *environment, json bool) *sessionTable {
-	return &sessionTable{env: env, json: json, tab: tabwriter.NewWriter(env.stdout, 0, 0, 2, ' ', 0)}
+func newSessionTable(env *environment, json, live bool) *sessionTable {
+	return &sessionTable{env: env, json: json, live: live, tab: tabwriter.NewWriter(env.stdout, 0, 0, 2, ' ', 0)}
 }
 
 func (t *sessionTable) add(s *schema.Session) error {
@@ -144,19 +147,25 @@ func (t *sessionTable) add(s *schema.Session) error {
 		return err
 	}
 	if t.rows == 0 {
-		fmt.Fprintln(t.tab, "SESSION\tKIND\tSTATUS\tFIRST\tHEAD\tCREATED\tUPDATED\tEPOCH")
+		t.row("FIRST", "SESSION", "KIND", "STATUS", "HEAD", "CREATED", "UPDATED", "EPOCH")
 	}
 	t.rows++
-	kind, first := "-", "-"
-	if s.GetKind() != schema.SessionKind_SESSION_KIND_UNSPECIFIED {
-		kind = strings.ToLower(strings.TrimPrefix(s.GetKind().String(), "SESSION_KIND_"))
-	}
-	if s.GetFirstSeq() > 0 {
-		first = fmt.Sprint(s.GetFirstSeq()) // a listing does not know it
-	}
-	_, err := fmt.Fprintf(t.tab, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", printable(s.GetSession()), kind, schema.StatusWord(s.GetStatus()), first, s.GetHeadSeq(),
+	t.row(fmt.Sprint(s.GetFirstSeq()), printable(s.GetSession()), kindWord(s.GetKind()), schema.StatusWord(s.GetStatus()), fmt.Sprint(s.GetHeadSeq()),
 		s.GetCreated().AsTime().Format(time.RFC3339), s.GetUpdated().AsTime().Format(time.RFC3339), s.GetEpoch())
-	return err
+	return nil
+}
+
+// row writes a line, with the first seq before the head where that is known.
+func (t *sessionTable) row(first string, cells ...string) {
+	if t.live {
+		cells = slices.Insert(cells, 3, first)
+	}
+	fmt.Fprintln(t.tab, strings.Join(cells, "\t")) // a tabwriter remembers its error for Flush
+}
+
+// kindWord is the kind of a session.
+func kindWord(k schema.SessionKind) string {
+	return strings.ToLower(strings.TrimPrefix(k.String(), "SESSION_KIND_"))
 }
 
 func (t *sessionTable) end() error { return t.tab.Flush() }
