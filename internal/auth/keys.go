@@ -287,11 +287,11 @@ func (k *keys) read(ctx context.Context) error {
 		if before != nil && before.Error() == err.Error() {
 			level = slog.LevelDebug // said already
 		}
-		sentence := "the keys for tokens cannot be read; the last ones go on being used for a day"
+		meanwhile := "the last ones go on being used for a day"
 		if last == nil {
-			sentence = "the keys for tokens cannot be read, and never were; tokens signed with them are refused meanwhile"
+			meanwhile = "there were none yet, so tokens signed with them are refused"
 		}
-		k.log.Log(ctx, level, sentence, "jwks", k.source.String(), "error", err)
+		k.log.Log(ctx, level, "the keys for tokens cannot be read", "meanwhile", meanwhile, "jwks", k.source.String(), "error", err)
 	case last == nil || !bytes.Equal(last.raw, set.raw):
 		k.announce(ctx, set)
 	case before != nil:

@@ -516,7 +516,7 @@ func TestSourcesThatAreNotBelieved(t *testing.T) {
 					wants(t, v, name, cannot, k.ed.token(t, nil))
 				}
 				logs.waitFor(t, row.logs)
-				logs.waitFor(t, "and never were")
+				logs.waitFor(t, "there were none yet")
 			}
 			if s := logs.String(); strings.Contains(s, "pass-word") || strings.Contains(s, "que-ry") {
 				t.Errorf("the log says %s", s)
