@@ -99,11 +99,7 @@ func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
 	e.streams.Go(func() {
 		ctx, stop := whilePeer(gs.Context())
 		defer stop()
-		err := e.cfg.Gateway.Serve(ctx, gp)
-		// The gateway has counted what it returns. It may have seen no more than that the stream is over.
-		if t.refused != schema.Code_CODE_UNSPECIFIED && schema.CodeOf(err) != t.refused {
-			e.cfg.Gateway.Refused(t.refused)
-		}
+		_ = e.cfg.Gateway.Serve(ctx, gp)
 	})
 	<-t.closed
 	return t.failure
@@ -125,9 +121,8 @@ type nativeTransport struct {
 	stream grpc.ServerStream
 	closed chan struct{} // closed by Close
 
-	in      message     // owned by Receive
-	refused schema.Code // why Receive ended the stream; owned by it
-	out     message     // owned by Send
+	in  message // owned by Receive
+	out message // owned by Send
 
 	mu    sync.Mutex
 	last  farewell
@@ -146,7 +141,6 @@ func (t *nativeTransport) Receive(context.Context) ([]byte, error) {
 	err = nativeReceiveError(err)
 	if r, ok := errors.AsType[*schema.Refusal](err); ok {
 		// grpc-go has ended the stream already, with a status of its own.
-		t.refused = r.Code
 		t.end(r.Code, r.Message)
 	}
 	return nil, err

@@ -383,6 +383,11 @@ func TestTooLarge(t *testing.T) {
 			w.Errorf("%v streams ended with too_large, want 2", n)
 		}
 		counted(5)
+		// What a stream is to follow, too.
+		_, err = k.follow(&schema.Attach{Session: "s", Epoch: strings.Repeat(largest, 5)}).recv()
+		if p, ok := errors.AsType[*problem](err); !ok || p.grpc != schema.Code_CODE_TOO_LARGE.Rule().GRPC {
+			w.Errorf("5 MiB to follow: %v", err)
+		}
 		other.say(publishOf(1, "s", "still here"))
 		if f := other.next(); f.GetPublished() == nil {
 			w.Errorf("the other stream: %v", f)
