@@ -1,10 +1,12 @@
 package edgews
 
 import (
+	"compress/flate"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -21,6 +23,9 @@ const closeTimeout = 5 * time.Second
 
 // lastWrite is how long a dead peer's socket may take to take a close frame.
 const lastWrite = time.Second
+
+// lingering is how long a peer that was sent the last close frame may take to hang up.
+const lingering = time.Second
 
 // keptBuffer is the largest buffer that a connection keeps between messages, in bytes.
 const keptBuffer = 4 << 10
@@ -47,6 +52,8 @@ type transport struct {
 	sending atomic.Bool
 	closing atomic.Bool // Close has the connection
 	broken  atomic.Bool // the peer cannot be told anything more
+	// violated: what the peer sends are no frames any more, so its answer to a close frame would not be found among them.
+	violated atomic.Bool
 	// status is the close code where the refusal's own would be less exact; 0 otherwise.
 	status atomic.Int64
 	dead   atomic.Pointer[schema.Refusal]
@@ -110,7 +117,7 @@ func (t *transport) receiveQuickly() ([]byte, error) {
 func (t *transport) receive() ([]byte, error) {
 	typ, r, err := t.c.Reader(t.ctx)
 	if err != nil {
-		return nil, err
+		return nil, t.judged(err)
 	}
 	if typ != t.typ {
 		t.status.Store(int64(websocket.StatusUnsupportedData))
@@ -137,9 +144,36 @@ func (t *transport) receive() ([]byte, error) {
 			t.keep(b)
 			return b, nil
 		case err != nil:
-			return nil, err
+			return nil, t.judged(err)
 		}
 	}
+}
+
+// judged is what the library's error says of the peer: that it closes, that it breaks the protocol, or nothing. Called by Receive.
+func (t *transport) judged(err error) error {
+	ce, closes := errors.AsType[websocket.CloseError](err)
+	switch {
+	case closes && utf8.ValidString(ce.Reason):
+		return gateway.ErrPeerClosing
+	case closes:
+		return t.violation(websocket.StatusInvalidFramePayloadData, "the reason of the close frame is not valid UTF-8")
+	case t.wire.failed || t.closing.Load() || t.wire.lost(), errors.Is(err, net.ErrClosed), errors.Is(err, errBehind), errors.Is(err, context.DeadlineExceeded):
+		return err
+	}
+	if _, is := errors.AsType[flate.CorruptInputError](err); is {
+		return t.violation(websocket.StatusInvalidFramePayloadData, "the message is not compressed as it says")
+	}
+	for inner := err; inner != nil; inner = errors.Unwrap(inner) {
+		err = inner
+	}
+	return t.violation(websocket.StatusProtocolError, err.Error())
+}
+
+// violation is a refusal of what RFC 6455 does not allow: nothing is read any more, and the connection is closed with the code that the RFC has for it.
+func (t *transport) violation(status websocket.StatusCode, what string) error {
+	t.violated.Store(true)
+	t.status.Store(int64(status))
+	return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The client breaks the WebSocket protocol (RFC 6455): %s.", what)
 }
 
 // ended is what the error of a read means.
@@ -147,10 +181,10 @@ func (t *transport) ended(err error) error {
 	if r := t.dead.Load(); r != nil {
 		return r
 	}
-	t.broken.Store(true)
-	if websocket.CloseStatus(err) != -1 {
-		return gateway.ErrPeerClosed
+	if err == gateway.ErrPeerClosing { //nolint:errorlint // judged returns it as it is
+		return err
 	}
+	t.broken.Store(true)
 	// The library's error may be io.EOF inside, which would say that the peer still reads.
 	return fmt.Errorf("edgews: the connection was lost: %v", err) //nolint:errorlint // see above
 }
@@ -162,7 +196,8 @@ func (t *transport) Send(_ context.Context, messages [][]byte) error {
 	kept := outs.Get().(*[]byte) //nolint:errcheck // the pool holds nothing else
 	b := *kept
 	var err error
-	if t.deflate {
+	compressed := t.deflate
+	if compressed {
 		b, err = t.wire.gather(b, func() error {
 			for _, m := range messages {
 				if err := t.c.Write(t.ctx, t.typ, m); err != nil {
@@ -171,13 +206,18 @@ func (t *transport) Send(_ context.Context, messages [][]byte) error {
 			}
 			return nil
 		})
-	} else {
+		if err != nil && t.wire.parted() {
+			// The peer closes, and the library writes no more; what is left goes as it is.
+			b, err, compressed = b[:0], nil, false
+		}
+	}
+	if !compressed {
 		for _, m := range messages {
 			b = appendFrame(b, byte(t.typ), m)
 		}
 	}
 	if err == nil {
-		err = t.wire.send(b)
+		err = t.wire.send(b, false)
 	}
 	if cap(b) <= keptOut {
 		*kept = b[:0]
@@ -189,13 +229,16 @@ func (t *transport) Send(_ context.Context, messages [][]byte) error {
 	return err
 }
 
-// Close implements [gateway.Transport].
+// Close implements [gateway.Transport]. Where the peer has closed, it is answered with what it said.
 func (t *transport) Close(code schema.Code, message string) {
 	if t.ending.Swap(true) {
 		<-t.over
 		return
 	}
 	defer close(t.over)
+	// It waits for what the wire does in the background.
+	defer func() { _ = t.wire.Close() }() // it is closed already
+	parting := t.wire.leave()
 	if t.broken.Load() || t.sending.Load() {
 		t.wire.cut()
 		_ = t.c.CloseNow() // there is nothing to be lost
@@ -215,16 +258,29 @@ func (t *transport) Close(code schema.Code, message string) {
 	}
 	t.quick <- struct{}{}
 	<-t.quick
-	if t.dead.Load() != nil {
+	switch {
+	case t.dead.Load() != nil:
 		// No answer is to be expected, but it may be read one day why the connection ended.
-		_ = t.wire.SetWriteDeadline(time.Now().Add(lastWrite))     // it fails where the connection is closed
-		_ = t.wire.send(closeFrame(status, reason(code, message))) // nothing is left to be tried
-		_ = t.c.CloseNow()                                         // there is nothing to be lost
-		return
+		t.part(closeFrame(status, reason(code, message)), lastWrite, 0)
+	case t.violated.Load():
+		t.part(closeFrame(status, reason(code, message)), closeTimeout, lingering)
+	case parting != nil:
+		t.part(parting, closeTimeout, lingering)
+	default:
+		// The library's own timeouts do not cover the rest of a message that stands before that frame, nor a wire that waits for its turn.
+		_ = t.wire.SetDeadline(time.Now().Add(closeTimeout)) // it fails where the connection is closed
+		_ = t.c.Close(status, reason(code, message))         // a peer that does not answer is closed all the same
 	}
-	// The library's own timeout does not cover the rest of a message that stands before that frame.
-	_ = t.wire.SetReadDeadline(time.Now().Add(closeTimeout)) // it fails where the connection is closed
-	_ = t.c.Close(status, reason(code, message))             // a peer that does not answer is closed all the same
+}
+
+// part ends the connection behind one last frame, which may take so long to be written, and then so long to be read.
+func (t *transport) part(frame []byte, written, read time.Duration) {
+	_ = t.wire.SetWriteDeadline(time.Now().Add(written)) // it fails where the connection is closed
+	if t.wire.send(frame, true) == nil && read > 0 {
+		t.wire.linger(read)
+	}
+	t.wire.cut()
+	_ = t.c.CloseNow() // there is nothing to be lost
 }
 
 // closeFrame is a close frame with a code and a reason.

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/binary"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"sync"
@@ -54,6 +55,9 @@ func (u *upgrade) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 //
 // Writing, it gathers the frames of many messages into one write. And control frames, which the library also writes from the reading side and with a timeout that closes the connection,
 // never wait for a peer that does not read: they are written in the background, or go along behind a write that blocks.
+//
+// Closing, it keeps the library's answer to the peer's close frame, and the connection that the library would close there, until [wire.leave]: what was accepted is answered before, and the
+// answer is written, not cut off (RFC 6455, section 5.5.1).
 type wire struct {
 	net.Conn
 	// br is the library's reader on this wire.
@@ -81,6 +85,12 @@ type wire struct {
 	// gathering: the library is writing messages into gathered.
 	gathering bool
 	gathered  []byte
+	// unfinished is what is still to come of the frame that is being gathered, in bytes.
+	unfinished int
+	// parting is the close frame that the library has for the peer, by itself; nil where there is none.
+	parting []byte
+	// leaving: the connection is being closed, and nothing is kept any more.
+	leaving bool
 	// closing: a close frame was written, and nothing follows it.
 	closing bool
 	// done is closed when writing ends; nil while nobody waits for that.
@@ -219,16 +229,27 @@ func unmask(b, payload, key []byte) []byte {
 	return b
 }
 
-// Write implements [net.Conn], for the library. It is called with control frames, and while gathering with parts of any.
+// Write implements [net.Conn], for the library. It is called with whole control frames, and while gathering with parts of messages, too.
 func (w *wire) Write(p []byte) (int, error) {
 	w.mu.Lock()
+	last := w.unfinished == 0 && p[0]&0x0f == opClose
+	if last && w.leaving {
+		// The connection is closed next, so this is waited for.
+		w.mu.Unlock()
+		return len(p), w.send(p, true)
+	}
 	defer w.mu.Unlock()
 	switch {
 	case w.err != nil:
 		return 0, w.err
+	case last:
+		w.parting = append([]byte(nil), p...)
 	case w.gathering:
+		if w.unfinished == 0 {
+			w.unfinished = frameBytes(p)
+		}
+		w.unfinished -= len(p)
 		w.gathered = append(w.gathered, p...)
-		return len(p), nil
 	case len(w.out)+len(p) > maxBehind:
 		return 0, errBehind
 	case w.writing:
@@ -241,20 +262,31 @@ func (w *wire) Write(p []byte) (int, error) {
 			_ = w.writeOut(frame)
 		})
 	}
-	w.closing = w.closing || p[0]&0x0f == opClose
 	return len(p), nil
+}
+
+// frameBytes is how long the server's frame is whose head p begins with, head and payload.
+func frameBytes(p []byte) int {
+	switch n := int(p[1] & 0x7f); n {
+	case 126:
+		return 4 + int(binary.BigEndian.Uint16(p[2:]))
+	case 127:
+		return 10 + int(binary.BigEndian.Uint64(p[2:]))
+	default:
+		return 2 + n
+	}
 }
 
 // gather appends to b what the library writes while write runs.
 func (w *wire) gather(b []byte, write func() error) ([]byte, error) {
 	w.mu.Lock()
-	w.gathering, w.gathered = true, b
+	w.gathering, w.gathered, w.unfinished = true, b, 0
 	w.mu.Unlock()
 	err := write()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	b = w.gathered
-	w.gathering, w.gathered = false, nil
+	w.gathering, w.gathered, w.unfinished = false, nil, 0
 	return b, err
 }
 
@@ -275,8 +307,8 @@ func appendFrame(b []byte, opcode byte, payload []byte) []byte {
 	return append(b, payload...)
 }
 
-// send writes p, whole frames, and waits until it is written.
-func (w *wire) send(p []byte) error {
+// send writes p, whole frames, and waits until it is written. Behind the last there is no other.
+func (w *wire) send(p []byte, last bool) error {
 	w.mu.Lock()
 	for w.writing {
 		// A control frame is on its way.
@@ -292,7 +324,7 @@ func (w *wire) send(p []byte) error {
 		defer w.mu.Unlock()
 		return w.err
 	}
-	w.writing = true
+	w.writing, w.closing = true, last
 	w.mu.Unlock()
 	return w.writeOut(p)
 }
@@ -328,9 +360,36 @@ func (w *wire) wait() chan struct{} {
 	return w.done
 }
 
-// Close implements [net.Conn]. It does not wait for what is being written: who cares for that has waited for the peer's answer.
+// leave says that the connection is being closed: from now on the library's close frame is written when it comes, and Close closes. It returns the one that came before.
+func (w *wire) leave() (parting []byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.leaving = true
+	return w.parting
+}
+
+// parted says whether the library has had its last word: it writes nothing more.
+func (w *wire) parted() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.parting != nil
+}
+
+// lost says whether the peer cannot be written to.
+func (w *wire) lost() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err != nil
+}
+
+// Close implements [net.Conn]. It does not wait for what is being written: who cares for that has waited before.
 func (w *wire) Close() error {
 	w.mu.Lock()
+	if w.parting != nil && !w.leaving {
+		// The library has read the peer's close frame and takes its answer to be on the way.
+		w.mu.Unlock()
+		return nil
+	}
 	if w.err == nil {
 		w.err = net.ErrClosed
 	}
@@ -338,6 +397,17 @@ func (w *wire) Close() error {
 	err := w.Conn.Close()
 	w.background.Wait()
 	return err
+}
+
+// linger ends what is written, and gives the peer so long to read it and to hang up: what it sent and nobody has read would make the system reset the connection, and with it drop what is on
+// the way.
+func (w *wire) linger(most time.Duration) {
+	half, ok := w.Conn.(interface{ CloseWrite() error })
+	if !ok || half.CloseWrite() != nil {
+		return
+	}
+	_ = w.SetReadDeadline(time.Now().Add(most)) // it fails where the connection is closed
+	_, _ = io.Copy(io.Discard, w.Conn)          // however it ends, it has ended
 }
 
 // cut closes the connection at once.

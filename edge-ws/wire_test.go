@@ -186,7 +186,7 @@ func TestControlFramesDoNotWait(t *testing.T) {
 		here, there := net.Pipe()
 		w := &wire{Conn: here}
 		sent := make(chan error)
-		go func() { sent <- w.send(appendFrame(nil, 2, []byte("stuck"))) }()
+		go func() { sent <- w.send(appendFrame(nil, 2, []byte("stuck")), false) }()
 		synctest.Wait()
 		pong := appendFrame(nil, 10, []byte("pong"))
 		n := 0
@@ -211,7 +211,7 @@ func TestControlFramesDoNotWait(t *testing.T) {
 		if _, err := w.Write(pong); err != nil {
 			t.Error(err)
 		}
-		go func() { sent <- w.send(appendFrame(nil, 2, []byte("behind"))) }()
+		go func() { sent <- w.send(appendFrame(nil, 2, []byte("behind")), false) }()
 		for _, wanted := range []byte{10, 2} {
 			if op, _, err := r.next(); err != nil || op != wanted {
 				t.Errorf("got %d, %v, want %d", op, err, wanted)
@@ -220,12 +220,31 @@ func TestControlFramesDoNotWait(t *testing.T) {
 		if err := <-sent; err != nil {
 			t.Error(err)
 		}
-		// Nothing follows a close frame.
+		// The library's close frame is kept until the connection is left, and messages pass it.
 		if _, err := w.Write(closeFrame(websocket.StatusNormalClosure, "")); err != nil {
 			t.Error(err)
 		}
-		go func() { _, _, _ = r.next() }()
-		if err := w.send(appendFrame(nil, 2, []byte("late"))); err == nil {
+		_ = w.Close() // as the library does
+		go func() { sent <- w.send(appendFrame(nil, 2, []byte("before")), false) }()
+		if op, _, err := r.next(); err != nil || op != 2 {
+			t.Errorf("got %d, %v", op, err)
+		}
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+		parting := w.leave()
+		if !bytes.Equal(parting, closeFrame(websocket.StatusNormalClosure, "")) {
+			t.Errorf("kept was %x", parting)
+		}
+		// Nothing follows a close frame.
+		go func() { sent <- w.send(parting, true) }()
+		if op, _, err := r.next(); err != nil || op != 8 {
+			t.Errorf("got %d, %v", op, err)
+		}
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+		if err := w.send(appendFrame(nil, 2, []byte("late")), false); err == nil {
 			t.Error("a message was sent behind the close frame")
 		}
 		_ = w.Close()

@@ -55,6 +55,7 @@ type conn struct {
 	penalty   time.Duration // how long nothing is read
 	expiry    *time.Timer   // ends the connection with its token; nil while there is none
 	greeted   bool          // the first frame has come
+	closing   bool          // the peer closes, and reads until it is answered
 	targets   map[string]*target
 	channels  map[uint32]*attachment // those that ended are taken out when their number is wanted again
 	opening   chan struct{}          // of capacity maxOpening, made when it is needed
@@ -84,6 +85,8 @@ type ending struct {
 	lost error
 	// said is what the peer reads about an end without a fault; empty for nothing.
 	said string
+	// closed: the peer wants it so.
+	closed bool
 }
 
 // word is the reason as metrics and logs name it.
@@ -91,7 +94,7 @@ func (e *ending) word() string {
 	switch {
 	case e.refusal != nil:
 		return e.refusal.Code.Word()
-	case errors.Is(e.lost, ErrPeerClosed):
+	case e.closed, errors.Is(e.lost, ErrPeerClosed):
 		return "peer_closed"
 	case e.lost != nil:
 		return "peer_lost"
@@ -142,6 +145,9 @@ func (c *conn) run() *ending {
 		c.stop()
 	}()
 	c.read()
+	if c.closing {
+		c.letGo(written)
+	}
 	<-written
 	// Not before: a follower may stay that sends no more.
 	c.unwatch()
@@ -159,6 +165,17 @@ func (c *conn) run() *ending {
 		a.close()
 	}
 	return c.end
+}
+
+// letGo bounds what a peer that closes is still sent: where it does not read that, it does not hold the connection. Called by run, when nothing is read any more.
+func (c *conn) letGo(written <-chan struct{}) {
+	t := time.NewTimer(c.g.cfg.CloseTimeout)
+	defer t.Stop()
+	select {
+	case <-written:
+	case <-t.C:
+		c.peer.Transport.Close(schema.Code_CODE_UNSPECIFIED, "")
+	}
 }
 
 // read is the reader: it takes the peer's messages until the connection ends.
@@ -227,6 +244,9 @@ func (c *conn) over(err error) {
 	switch {
 	case c.ctx.Err() != nil:
 		c.finish(c.cut())
+	case errors.Is(err, ErrPeerClosing):
+		c.closing = true
+		c.finish(&ending{closed: true})
 	case !ok:
 		c.finish(&ending{lost: err})
 		c.peer.Transport.Close(schema.Code_CODE_UNSPECIFIED, "")

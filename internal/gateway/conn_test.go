@@ -273,6 +273,52 @@ func TestHalfClosed(t *testing.T) {
 	})
 }
 
+// TestPeerCloses: who closes and reads until it is answered gets the answers to what it said, and then its own; what it follows ends.
+func TestPeerCloses(t *testing.T) {
+	bubble(t, nil, func(w *world) {
+		held := make(chan struct{})
+		w.g.cfg.Log = &heldLog{Log: w.log, held: held}
+		p := w.agent()
+		p.attach(&schema.Attach{Channel: 1, Session: "other"})
+		p.wantAttached(1, 0)
+		p.wantCaughtUp(1, 0)
+		p.token(1, "s", "hi")
+		p.lost <- ErrPeerClosing
+		w.fill("other", "not any more")
+		p.wantNothing()
+		close(held)
+		p.wantAck(1, 1, 1)
+		if err := p.wantClosed(schema.Code_CODE_UNSPECIFIED, ""); err != nil {
+			t.Errorf("Serve returned %v", err)
+		}
+	})
+	// Neither what is not answered nor what is not read holds it for longer than [Config.CloseTimeout].
+	bubble(t, nil, func(w *world) {
+		held := make(chan struct{})
+		w.g.cfg.Log = &heldLog{Log: w.log, held: held}
+		p := w.agent()
+		p.token(1, "s", "hi")
+		unread := w.agent()
+		w.fill("s", "you")
+		unread.attach(&schema.Attach{Channel: 1, Session: "s"})
+		synctest.Wait()
+		began := time.Now()
+		for _, p := range []*peer{p, unread} {
+			p.lost <- ErrPeerClosing
+		}
+		for _, p := range []*peer{p, unread} {
+			<-p.closed
+			if took := time.Since(began); took != DefaultCloseTimeout {
+				t.Errorf("it was closed after %s", took)
+			}
+			if err := p.wantClosed(schema.Code_CODE_UNSPECIFIED, ""); err != nil {
+				t.Errorf("Serve returned %v", err)
+			}
+		}
+		close(held)
+	})
+}
+
 // TestStuckPeer: a peer that takes nothing is closed with a reason, not waited for.
 func TestI8_StuckPeer(t *testing.T) {
 	bubble(t, nil, func(w *world) {

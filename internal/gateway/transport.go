@@ -17,7 +17,7 @@ var ErrPeerLeft = errors.New("gateway: the peer has left")
 type Transport interface {
 	// Receive waits for the peer's next message, which is valid until the next call. The transport bounds it: at most [schema.MaxFrameBytes].
 	//
-	// Errors: [io.EOF] where the peer will send no more but may still read; [ErrPeerClosed] where it closed in good order; a [*schema.Refusal] for something that the peer did wrong and
+	// Errors: [io.EOF] where the peer will send no more but may still read; [ErrPeerClosing] where it closes and waits for Close; [ErrPeerClosed] where it closed in good order; a [*schema.Refusal] for something that the peer did wrong and
 	// is to be told (too_large, invalid_message, peer_dead); anything else where the connection is lost. After an error Receive is not called again.
 	Receive(ctx context.Context) ([]byte, error)
 
@@ -31,8 +31,13 @@ type Transport interface {
 	Close(code schema.Code, message string)
 }
 
-// ErrPeerClosed is what [Transport.Receive] returns when the peer closed the connection in good order.
-var ErrPeerClosed = errors.New("gateway: the peer closed the connection")
+// What [Transport.Receive] returns when the peer closed the connection in good order.
+var (
+	// ErrPeerClosed: it is gone, and reads no more.
+	ErrPeerClosed = errors.New("gateway: the peer closed the connection")
+	// ErrPeerClosing: it sends no more, and reads until Close has answered it. What was accepted is answered before, within [Config.CloseTimeout]; what it follows ends.
+	ErrPeerClosing = errors.New("gateway: the peer closes the connection")
+)
 
 // Protocol is what the messages of a connection are.
 type Protocol int
