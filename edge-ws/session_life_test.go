@@ -423,7 +423,8 @@ func TestLimitsOfTheSessionSocket(t *testing.T) {
 				t.Errorf("the agent got %v", m)
 			}
 		}
-		// Ten a second, for as long as one likes.
+		// Ten a second, for as long as one likes. Who comes again has no more than it had.
+		time.Sleep(time.Second)
 		c := w.ui(ada, "sessionName=s&lastSeq=latest")
 		c.wantType("attached")
 		for range 200 {

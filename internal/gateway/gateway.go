@@ -108,8 +108,8 @@ type Gateway struct {
 	cfg     Config
 	metrics *metrics
 
-	// calls are the rates of those who call without a connection.
-	calls buckets
+	// callers are the rates of users, and of agents that call without a connection.
+	callers buckets
 
 	mu    sync.Mutex // guards all below
 	conns map[*conn]struct{}

@@ -19,7 +19,8 @@ type Rate struct {
 // Limits bound what one client may do, so that it costs the others nothing. Over a limit the client is told, with a code of its own; the others notice nothing. The zero value of each but Sessions is
 // no bound. [DefaultLimits] are those of a server that strangers reach.
 type Limits struct {
-	// User bounds each connection of a user, of an analyst too; Agent those of agents, workers and admins. Calls that are no streams are counted by tenant, subject and role on this edge.
+	// User bounds each user, and each analyst, over all its connections and calls on this edge; Agent each connection of an agent, worker or admin, whose calls that are no streams are counted together. Who is the
+	// same is told by tenant, subject and role.
 	User, Agent Rate
 	// UserConnections is how many connections of one user may follow one session at once, over all edges.
 	UserConnections int
@@ -60,12 +61,15 @@ func errTooFar(what string, most int) error {
 
 // rate is the role's.
 func (l *Limits) rate(r schema.Role) Rate {
-	switch r {
-	case schema.Role_ROLE_AGENT, schema.Role_ROLE_WORKER, schema.Role_ROLE_ADMIN:
+	if isAgent(r) {
 		return l.Agent
-	default:
-		return l.User
 	}
+	return l.User
+}
+
+// isAgent says whose limits the role has: those of an agent, or of a user.
+func isAgent(r schema.Role) bool {
+	return r == schema.Role_ROLE_AGENT || r == schema.Role_ROLE_WORKER || r == schema.Role_ROLE_ADMIN
 }
 
 // connections is how many connections of one bearer of the role may follow one session; 0 for any number.

@@ -25,13 +25,18 @@ func (r Rate) exceeded(p *auth.Principal) error {
 // spend takes n envelopes from what the connection may publish now; a refusal with rate_exceeded where it has not so many left. Called by the reader, when it has taken the message apart and there is room
 // in flight, before rights are looked at and the log hears of it.
 //
-// A connection that never publishes has no limiter. A new one begins with the whole burst: who connects again and again is slowed by connecting.
+// A connection that never publishes has no limiter. All that a user has on this edge share one, also over calls that are no streams: otherwise who connects again and again would publish as fast as it connects. Each
+// connection of an agent has its own.
 func (c *conn) spend(n int, now time.Time) error {
 	if c.rate.PerSecond == 0 {
 		return nil
 	}
 	if c.limiter == nil {
-		c.limiter = c.rate.limiter()
+		if isAgent(c.principal.Role) {
+			c.limiter = c.rate.limiter()
+		} else {
+			c.limiter = c.g.callers.bucket(callerOf(c.principal), c.rate, now)
+		}
 	}
 	if c.limiter.AllowN(now, c.rate.cost(n)) {
 		return nil
@@ -55,7 +60,7 @@ func (c *conn) sitOut() {
 	}
 }
 
-// Bounds of what is kept about who calls without a connection.
+// Bounds of what is kept about who publishes.
 const (
 	// maxBuckets bounds the callers that are remembered, each some 200 bytes.
 	maxBuckets = 16 << 10
@@ -63,13 +68,15 @@ const (
 	evictOf = 16
 )
 
-// caller is whom calls are counted for.
+// caller is whom envelopes are counted for where that is no connection.
 type caller struct {
 	tenant, subject string
 	role            schema.Role
 }
 
-// buckets are the rates of callers without a connection. The zero value is empty.
+func callerOf(p *auth.Principal) caller { return caller{p.Tenant, p.Subject, p.Role} }
+
+// buckets are the rates of callers. The zero value is empty.
 type buckets struct {
 	mu sync.Mutex // guards all below
 	of map[caller]*rate.Limiter
@@ -124,7 +131,7 @@ func (g *Gateway) Allow(p *auth.Principal, n int) error {
 		return nil
 	}
 	now := time.Now()
-	if g.calls.bucket(caller{p.Tenant, p.Subject, p.Role}, r, now).AllowN(now, r.cost(n)) {
+	if g.callers.bucket(callerOf(p), r, now).AllowN(now, r.cost(n)) {
 		return nil
 	}
 	return r.exceeded(p)
