@@ -21,7 +21,7 @@ type draft struct {
 	// life is where the session stands behind the draft's envelopes.
 	life lifecycle
 	// producers holds where the producers that the draft touches have come to.
-	producers map[string]producerHead
+	producers map[producerKey]producerHead
 	// taken are the submissions that the frame answers, each with its receipt.
 	taken []answer
 	// envelopes are those of the frame, in order.
@@ -102,11 +102,11 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 	}
 	d.head, d.life = r.Last, life
 	d.size += size
-	for id, h := range heads {
+	for k, h := range heads {
 		if d.producers == nil {
-			d.producers = make(map[string]producerHead)
+			d.producers = make(map[producerKey]producerHead)
 		}
-		d.producers[id] = h
+		d.producers[k] = h
 	}
 	d.taken = append(d.taken, answer{s, r})
 	return nil, nil
@@ -151,7 +151,7 @@ func (d *draft) duplicate(s *Submission) (first uint64, dup bool, err error) {
 // inPart refuses a submission that is stored in part: no retry of a publish, which is stored as a whole.
 func (d *draft) inPart(s *Submission) error {
 	if p := s.Envelopes[0].Producer; p.ID != "" {
-		return d.gap(p, d.headOf(p.ID).last+1)
+		return d.gap(p, d.headOf(keyOf(p)).last+1)
 	}
 	return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE,
 		"Some, but not all, of the envelopes are in session %s already, or they stand apart there; a retry must hold the same envelopes as the first try, and a new envelope needs a new id.", d.id)
@@ -159,14 +159,15 @@ func (d *draft) inPart(s *Submission) error {
 
 // placeOf is where a producer's envelope is stored, if it is.
 func (d *draft) placeOf(p schema.ProducerPlace) (uint64, bool, error) {
-	if d.st.forgot && d.st.producers[p.ID] == nil && d.producers[p.ID] == (producerHead{}) {
+	k := keyOf(p)
+	if d.st.forgot && d.st.producers[k] == nil && d.producers[k] == (producerHead{}) {
 		return 0, false, &lookup{place: p, forgotten: true}
 	}
-	h := d.headOf(p.ID)
+	h := d.headOf(k)
 	if p.Epoch != h.epoch || p.Seq > h.last {
 		return 0, false, nil
 	}
-	if ps := d.st.producers[p.ID]; ps != nil && ps.epoch == p.Epoch && p.Seq <= ps.last {
+	if ps := d.st.producers[k]; ps != nil && ps.epoch == p.Epoch && p.Seq <= ps.last {
 		if seq, ok := ps.place(p.Seq); ok {
 			return seq, true, nil
 		}
@@ -181,27 +182,28 @@ func (d *draft) placeOf(p schema.ProducerPlace) (uint64, bool, error) {
 	return 0, false, nil
 }
 
-func (d *draft) headOf(producer string) producerHead {
-	if h, ok := d.producers[producer]; ok {
+func (d *draft) headOf(k producerKey) producerHead {
+	if h, ok := d.producers[k]; ok {
 		return h
 	}
-	if ps := d.st.producers[producer]; ps != nil {
+	if ps := d.st.producers[k]; ps != nil {
 		return producerHead{ps.epoch, ps.last}
 	}
 	return producerHead{}
 }
 
 // sequence checks the producers' sequences and returns where they come to (I3, I6).
-func (d *draft) sequence(s *Submission) (map[string]producerHead, error) {
-	var heads map[string]producerHead
+func (d *draft) sequence(s *Submission) (map[producerKey]producerHead, error) {
+	var heads map[producerKey]producerHead
 	for i := range s.Envelopes {
 		p := s.Envelopes[i].Producer
 		if p.ID == "" {
 			continue
 		}
-		h, ok := heads[p.ID]
+		k := keyOf(p)
+		h, ok := heads[k]
 		if !ok {
-			h = d.headOf(p.ID)
+			h = d.headOf(k)
 		}
 		switch {
 		case p.Epoch < h.epoch:
@@ -217,9 +219,9 @@ func (d *draft) sequence(s *Submission) (map[string]producerHead, error) {
 		}
 		h.last = p.Seq
 		if heads == nil {
-			heads = make(map[string]producerHead, 1)
+			heads = make(map[producerKey]producerHead, 1)
 		}
-		heads[p.ID] = h
+		heads[k] = h
 	}
 	return heads, nil
 }

@@ -45,7 +45,7 @@ func (l *lifecycle) take(id schema.SessionID, kind schema.SessionKind, head uint
 	}
 	for i := range envelopes {
 		e := &envelopes[i]
-		if refusal := next.decide(id, e.Kind, e.Payload); refusal != nil {
+		if refusal := next.decide(id, e); refusal != nil {
 			return *l, refusal
 		}
 		next.fold(head+uint64(i)+1, e.Kind, e.Payload)
@@ -80,7 +80,8 @@ func (l *lifecycle) under() bool {
 }
 
 // decide says why the envelope may not come next; nil where it may. The payload was validated.
-func (l *lifecycle) decide(id schema.SessionID, kind schema.Kind, payload []byte) *schema.Refusal {
+func (l *lifecycle) decide(id schema.SessionID, e *schema.Accepted) *schema.Refusal {
+	kind, payload := e.Kind, e.Payload
 	if schema.Ended(l.status) {
 		if kind == schema.KindSystem {
 			return nil
@@ -106,23 +107,26 @@ func (l *lifecycle) decide(id schema.SessionID, kind schema.Kind, payload []byte
 				"A run of session %s cannot be open: it is running, waiting_for_input, completed, failed or cancelled; a chat is open when its run has ended.", id)
 		}
 	case schema.KindUserInput:
-		return l.decideInput(id, payload)
+		return l.decideInput(id, e)
 	default:
 		// The others may always come.
 	}
 	return nil
 }
 
-// decideInput says why the open question does not take an answer.
-func (l *lifecycle) decideInput(id schema.SessionID, payload []byte) *schema.Refusal {
+// decideInput says why the open question does not take an answer. An answer that names what it replies to is for that question alone: whoever gave it may not have seen the one that is open now.
+func (l *lifecycle) decideInput(id schema.SessionID, e *schema.Accepted) *schema.Refusal {
 	if l.prompt == 0 {
 		return schema.Refuse(schema.Code_CODE_NOT_WAITING, "Session %s waits for no answer: no question is open, or somebody else has answered it.", id)
+	}
+	if s, err := schema.Scan(e.Bytes); err == nil && s.ReplyTo != 0 && s.ReplyTo != l.prompt {
+		return schema.Refuse(schema.Code_CODE_NOT_WAITING, "The answer is to seq %d, and the open question of session %s is seq %d; answer that one, or without reply_to.", s.ReplyTo, id, l.prompt)
 	}
 	if len(l.options) == 0 {
 		return nil
 	}
 	var m schema.UserInput
-	if proto.Unmarshal(payload, &m) != nil {
+	if proto.Unmarshal(e.Payload, &m) != nil {
 		return nil
 	}
 	// An answer that is no string is beyond the options: a form's object, a number.
@@ -152,8 +156,7 @@ func (l *lifecycle) fold(seq uint64, kind schema.Kind, payload []byte) {
 	case schema.KindStartRun:
 		var m schema.StartRun
 		if proto.Unmarshal(payload, &m) == nil {
-			l.run = m.GetRunId()
-			l.stand(schema.Status_STATUS_RUNNING)
+			l.start(m.GetRunId())
 		}
 	case schema.KindRunStatus:
 		var m schema.RunStatus
@@ -176,6 +179,15 @@ func (l *lifecycle) fold(seq uint64, kind schema.Kind, payload []byte) {
 		}
 	default:
 		// moves says no.
+	}
+}
+
+// start begins a run. To start the run that is under way changes nothing, its open question least of all: a retry with another id means no more, and everybody who may start a run could take the question away.
+// In a workflow, which has one run, a name is that of the run under way if it has none yet.
+func (l *lifecycle) start(run string) {
+	under := l.under() && (run == l.run || l.run == "" && l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW)
+	if l.run = run; !under {
+		l.stand(schema.Status_STATUS_RUNNING)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -106,6 +107,15 @@ func (l *life) String() string {
 func envelopeOf(t testing.TB, command string) *schema.Envelope {
 	t.Helper()
 	name, rest, _ := strings.Cut(command, " ")
+	if to, of, ok := strings.Cut(strings.TrimPrefix(command, "to "), " "); ok && name == "to" {
+		seq, err := strconv.ParseUint(to, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := envelopeOf(t, of)
+		e.ReplyTo = &seq
+		return e
+	}
 	words := strings.Fields(rest)
 	word := func(i int) string {
 		if i < len(words) {
@@ -236,7 +246,7 @@ func someEnvelope(rt *rapid.T, t testing.TB) *schema.Envelope {
 	status := rapid.SampledFrom([]string{"open", "running", "waiting_for_input", "completed", "failed", "cancelled"})
 	run := rapid.SampledFrom([]string{"", "r", "s"})
 	command := rapid.SampledFrom([]string{
-		"created", "created chat", "created workflow", "start r", "start s", "status", "status", "status", "ask", "ask yes no", "ask no", "answer 1", `answer "yes"`, `answer "no"`, "error recoverable",
+		"created", "created chat", "created workflow", "start r", "start s", "status", "status", "status", "ask", "ask yes no", "ask no", "answer 1", `answer "yes"`, `answer "no"`, "to 1 answer 1", "to 2 answer 1", `to 3 answer "yes"`, "error recoverable",
 		"error final", "cancel", "token", "message", "progress", "system",
 	}).Draw(rt, "command")
 	if command == "status" {
@@ -288,7 +298,7 @@ func TestLifecycleCostsTokensNothing(t *testing.T) {
 	tokens := accepted(t, 1)
 	life := l.st.lifecycle
 	allocations := testing.AllocsPerRun(100, func() {
-		if refusal := life.decide(l.id, tokens[0].Kind, tokens[0].Payload); refusal != nil {
+		if refusal := life.decide(l.id, &tokens[0]); refusal != nil {
 			t.Error(refusal)
 		}
 		life.fold(2, tokens[0].Kind, tokens[0].Payload)

@@ -12,7 +12,7 @@ import (
 // maxProducers producers.
 func (a *appender) lookUp(ctx context.Context, d *draft, s *Submission, l *lookup) (*Receipt, error) {
 	if l.forgotten {
-		return nil, a.remember(ctx, l.place.ID)
+		return nil, a.remember(ctx, keyOf(l.place))
 	}
 	n := uint64(len(s.Envelopes))
 	last := l.place
@@ -20,7 +20,7 @@ func (a *appender) lookUp(ctx context.Context, d *draft, s *Submission, l *looku
 	for i := range s.Envelopes {
 		want := l.place
 		want.Seq += uint64(i)
-		if s.Envelopes[i].Producer != want || want.Seq > a.st.producers[want.ID].last {
+		if s.Envelopes[i].Producer != want || want.Seq > a.st.producers[keyOf(want)].last {
 			return nil, d.inPart(s)
 		}
 	}
@@ -28,7 +28,7 @@ func (a *appender) lookUp(ctx context.Context, d *draft, s *Submission, l *looku
 	if err != nil {
 		return nil, err
 	}
-	to, known := a.st.producers[last.ID].place(last.Seq)
+	to, known := a.st.producers[keyOf(last)].place(last.Seq)
 	switch {
 	case n == 1:
 		to = from
@@ -40,7 +40,7 @@ func (a *appender) lookUp(ctx context.Context, d *draft, s *Submission, l *looku
 	switch {
 	case from == 0 || to == 0:
 		return nil, schema.Refuse(schema.Code_CODE_PRODUCER_GAP,
-			"Producer %q's seq %d was stored in session %s before, but retention has taken it; send from seq %d.", l.place.ID, l.place.Seq, a.id, a.st.producers[last.ID].last+1)
+			"Producer %q's seq %d was stored in session %s before, but retention has taken it; send from seq %d.", l.place.ID, l.place.Seq, a.id, a.st.producers[keyOf(last)].last+1)
 	case to != from+n-1:
 		// Both ends are where they are in their producer's order, so side by side means: all of them, and nothing else between.
 		return nil, d.inPart(s)
@@ -49,7 +49,7 @@ func (a *appender) lookUp(ctx context.Context, d *draft, s *Submission, l *looku
 }
 
 // remember reads the session for the last place of a producer that is not known.
-func (a *appender) remember(ctx context.Context, producer string) error {
+func (a *appender) remember(ctx context.Context, producer producerKey) error {
 	at := stretch{ln: a.lane, epoch: a.st.epoch, from: 1, to: a.st.head, endAt: a.st.frame}
 	const atOnce = 1 << 20
 	var places []schema.ProducerPlace
@@ -65,7 +65,7 @@ func (a *appender) remember(ctx context.Context, producer string) error {
 		at.from = max(at.from, gap)
 		for _, v := range views {
 			for seq, raw := range v.Each() {
-				if e, err := schema.Scan(raw); err == nil && e.Producer.ID == producer {
+				if e, err := schema.Scan(raw); err == nil && keyOf(e.Producer) == producer {
 					places, seqs = append(places, e.Producer), append(seqs, seq)
 				}
 			}

@@ -40,7 +40,7 @@ type memorySession struct {
 	blocks []*Block
 	// ids and envelopes of all that was ever stored: that of seq n is at n-1.
 	ids       []ulid.ULID
-	producers map[string]*memoryProducer
+	producers map[producerKey]*memoryProducer
 	life      lifecycle
 	created   time.Time
 	updated   time.Time
@@ -118,7 +118,7 @@ func (l *MemoryLog) publish(id schema.SessionID, s *Submission) (Receipt, error)
 	}
 	m := l.sessions[id]
 	if m == nil {
-		m = &memorySession{epoch: ulid.Make().String(), producers: map[string]*memoryProducer{}}
+		m = &memorySession{epoch: ulid.Make().String(), producers: map[producerKey]*memoryProducer{}}
 	}
 
 	// All stored before, one behind the other: the first try's answer. None: go on. Anything else is no retry.
@@ -140,7 +140,7 @@ func (l *MemoryLog) publish(id schema.SessionID, s *Submission) (Receipt, error)
 		return Receipt{Epoch: m.epoch, First: first, Last: first + n - 1, Duplicate: true}, nil
 	}
 	if p := s.Envelopes[0].Producer; known > 0 && p.ID != "" {
-		return Receipt{}, producerGap(id, p, m.producer(p.ID).last+1)
+		return Receipt{}, producerGap(id, p, m.producer(p).last+1)
 	} else if known > 0 {
 		return Receipt{}, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Some of the envelopes' ids are in session %s already, but not as this publish has them.", id)
 	}
@@ -172,15 +172,15 @@ func (m *memorySession) placeOf(e *schema.Accepted) uint64 {
 			return uint64(i) + 1
 		}
 	}
-	if p := m.producer(e.Producer.ID); p.epoch == e.Producer.Epoch {
+	if p := m.producer(e.Producer); p.epoch == e.Producer.Epoch {
 		return p.places[e.Producer.Seq]
 	}
 	return 0
 }
 
-// producer is what is known of a producer; nothing, where it never wrote.
-func (m *memorySession) producer(id string) *memoryProducer {
-	if p := m.producers[id]; p != nil {
+// producer is what is known of the producer whose place this is; nothing, where it never wrote.
+func (m *memorySession) producer(place schema.ProducerPlace) *memoryProducer {
+	if p := m.producers[keyOf(place)]; p != nil {
 		return p
 	}
 	return new(memoryProducer)
@@ -188,15 +188,15 @@ func (m *memorySession) producer(id string) *memoryProducer {
 
 // checkProducers walks the producers' sequences through the envelopes.
 func (m *memorySession) checkProducers(id schema.SessionID, envelopes []schema.Accepted) error {
-	walked := map[string]schema.ProducerPlace{}
+	walked := map[producerKey]schema.ProducerPlace{}
 	for _, e := range envelopes {
 		p := e.Producer
 		if p.ID == "" {
 			continue
 		}
-		at, ok := walked[p.ID]
+		at, ok := walked[keyOf(p)]
 		if !ok {
-			at = schema.ProducerPlace{Epoch: m.producer(p.ID).epoch, Seq: m.producer(p.ID).last}
+			at = schema.ProducerPlace{Epoch: m.producer(p).epoch, Seq: m.producer(p).last}
 		}
 		if p.Epoch < at.Epoch {
 			r := schema.Refuse(schema.Code_CODE_PRODUCER_FENCED, "Producer %q of session %s is at epoch %d; epoch %d is over.", p.ID, id, at.Epoch, p.Epoch)
@@ -209,7 +209,7 @@ func (m *memorySession) checkProducers(id schema.SessionID, envelopes []schema.A
 		if p.Seq != at.Seq+1 {
 			return producerGap(id, p, at.Seq+1)
 		}
-		walked[p.ID] = p
+		walked[keyOf(p)] = p
 	}
 	return nil
 }
@@ -231,10 +231,11 @@ func (m *memorySession) store(envelopes []schema.Accepted, now time.Time) {
 		m.ids = append(m.ids, e.ID)
 		b.Region = e.AppendRecord(b.Region, m.head())
 		if p := e.Producer; p.ID != "" {
-			if m.producer(p.ID).epoch != p.Epoch || m.producers[p.ID] == nil {
-				m.producers[p.ID] = &memoryProducer{epoch: p.Epoch, places: map[uint64]uint64{}}
+			k := keyOf(p)
+			if m.producer(p).epoch != p.Epoch || m.producers[k] == nil {
+				m.producers[k] = &memoryProducer{epoch: p.Epoch, places: map[uint64]uint64{}}
 			}
-			m.producers[p.ID].last, m.producers[p.ID].places[p.Seq] = p.Seq, m.head()
+			m.producers[k].last, m.producers[k].places[p.Seq] = p.Seq, m.head()
 		}
 		if e.Kind == schema.KindWorkflowProgress {
 			m.progressed = now

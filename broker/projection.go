@@ -347,8 +347,8 @@ func (p *projection) full() bool {
 // measure counts what the session takes in memory.
 func (p *projection) measure(s *projected) {
 	size := sessionCost + len(s.subject) + cap(s.region) + cap(s.frames)*24 + len(s.st.metadata)
-	for id, producer := range s.st.producers {
-		size += 200 + len(id) + len(producer.runs)*24
+	for k, producer := range s.st.producers {
+		size += 200 + len(k.owner) + len(k.id) + len(producer.runs)*24
 	}
 	p.size += size - s.size
 	s.size = size

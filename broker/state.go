@@ -1,7 +1,10 @@
 package broker
 
 import (
+	"bytes"
+	"cmp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/oklog/ulid/v2"
@@ -14,7 +17,7 @@ import (
 const (
 	// recentIDs is how many envelopes back a repeated id is recognised (DESIGN section 4).
 	recentIDs = 1024
-	// maxProducers bounds the producers that a session remembers; the one that wrote least recently is forgotten. From then on a producer that is not known is looked up in the log.
+	// maxProducers bounds the producers that a session remembers. Of the sender who has the most, the one that wrote least recently is forgotten; from then on a producer that is not known is looked up in the log.
 	maxProducers = 256
 	// maxProducerRuns bounds how far back a producer's repeated seq is answered from memory; older ones are looked up in the log.
 	maxProducerRuns = 8
@@ -36,11 +39,16 @@ type state struct {
 	// progressed is when the last frame was written that holds a WorkflowProgress; zero where none does.
 	progressed time.Time
 
-	producers map[string]*producerState
+	producers map[producerKey]*producerState
 	// forgot: there were more producers than are remembered.
 	forgot bool
 	recent idWindow
 }
+
+// producerKey names a producer: it is its sender's (I6).
+type producerKey struct{ owner, id string }
+
+func keyOf(p schema.ProducerPlace) producerKey { return producerKey{p.Owner, p.ID} }
 
 type producerState struct {
 	epoch, last uint64
@@ -55,7 +63,7 @@ type producerRun struct {
 }
 
 func newState() *state {
-	return &state{producers: map[string]*producerState{}, recent: idWindow{from: 1}}
+	return &state{producers: map[producerKey]*producerState{}, recent: idWindow{from: 1}}
 }
 
 // foldFrame folds a frame of the session, which must be the next one.
@@ -112,7 +120,7 @@ func (s *state) advance(seq uint64, kind schema.Kind, p schema.ProducerPlace) {
 // view is a copy that tells where the session stands, and can be folded on, but decides nothing: it remembers neither ids nor producers.
 func (s *state) view() *state {
 	v := *s
-	v.producers = map[string]*producerState{}
+	v.producers = map[producerKey]*producerState{}
 	v.recent = idWindow{from: s.head + 1}
 	return &v
 }
@@ -126,7 +134,7 @@ func (s *state) session(name string, first uint64) *schema.Session {
 }
 
 func (s *state) foldProducer(seq uint64, p schema.ProducerPlace) {
-	ps := s.meet(p.ID)
+	ps := s.meet(keyOf(p))
 	if p.Epoch != ps.epoch {
 		*ps = producerState{epoch: p.Epoch}
 	}
@@ -142,23 +150,31 @@ func (s *state) foldProducer(seq uint64, p schema.ProducerPlace) {
 }
 
 // meet finds a producer, or makes the acquaintance of a new one.
-func (s *state) meet(id string) *producerState {
-	ps := s.producers[id]
+func (s *state) meet(k producerKey) *producerState {
+	ps := s.producers[k]
 	if ps == nil {
 		if len(s.producers) >= maxProducers {
-			s.forgetProducer()
+			s.forgetProducer(k.owner)
 		}
 		ps = &producerState{seq: s.head}
-		s.producers[id] = ps
+		s.producers[k] = ps
 	}
 	return ps
 }
 
-func (s *state) forgetProducer() {
-	var oldest string
-	for id, p := range s.producers {
-		if oldest == "" || p.seq < s.producers[oldest].seq {
-			oldest = id
+// forgetProducer makes room for one of the owner's. It takes it from the sender who has the most, the newcomer counted: who begins one producer after the other displaces his own, and nobody loses a producer
+// while he has no more than his share. A bound for each sender would
+// need another one over all senders.
+func (s *state) forgetProducer(owner string) {
+	counts, most := map[string]int{owner: 1}, 1
+	for k := range s.producers {
+		counts[k.owner]++
+		most = max(most, counts[k.owner])
+	}
+	var oldest producerKey
+	for k, p := range s.producers {
+		if counts[k.owner] == most && (oldest.id == "" || p.seq < s.producers[oldest].seq) {
+			oldest = k
 		}
 	}
 	delete(s.producers, oldest)
@@ -184,18 +200,15 @@ func (s *state) proto() *schema.SessionState {
 	if !s.progressed.IsZero() {
 		m.Progressed = timestamppb.New(s.progressed)
 	}
-	for id, p := range s.producers {
-		ps := &schema.ProducerState{Id: id, Epoch: p.epoch, LastSeq: p.last}
+	for k, p := range s.producers {
+		ps := &schema.ProducerState{Owner: []byte(k.owner), Id: k.id, Epoch: p.epoch, LastSeq: p.last}
 		for _, r := range p.runs {
 			ps.Runs = append(ps.Runs, &schema.ProducerRun{ProducerSeq: r.from, Seq: r.seq, Count: uint32(r.count)})
 		}
 		m.Producers = append(m.Producers, ps)
 	}
 	slices.SortFunc(m.Producers, func(a, b *schema.ProducerState) int {
-		if a.Id < b.Id {
-			return -1
-		}
-		return 1
+		return cmp.Or(strings.Compare(a.GetId(), b.GetId()), bytes.Compare(a.GetOwner(), b.GetOwner()))
 	})
 	return m
 }
@@ -213,6 +226,11 @@ func stateOf(m *schema.SessionState) *state {
 	s.forgot = m.GetProducersForgotten()
 	s.created, s.updated = m.GetCreated().AsTime(), m.GetUpdated().AsTime()
 	for _, p := range m.GetProducers() {
+		if len(p.GetOwner()) == 0 {
+			// The page is of a time when producers had no owner; the envelopes say whose it is.
+			s.forgot = true
+			continue
+		}
 		ps := &producerState{epoch: p.GetEpoch(), last: p.GetLastSeq()}
 		for _, r := range p.GetRuns() {
 			ps.runs = append(ps.runs, producerRun{from: r.GetProducerSeq(), seq: r.GetSeq(), count: uint64(r.GetCount())})
@@ -220,7 +238,7 @@ func stateOf(m *schema.SessionState) *state {
 		if n := len(ps.runs); n > 0 {
 			ps.seq = ps.runs[n-1].seq + ps.runs[n-1].count - 1
 		}
-		s.producers[p.GetId()] = ps
+		s.producers[producerKey{string(p.GetOwner()), p.GetId()}] = ps
 	}
 	s.recent = idWindow{from: s.head + 1}
 	return s

@@ -114,7 +114,7 @@ func (r *reader) producerPlace(ctx context.Context, ln lane, epoch string, p sch
 // reached reports whether the producer had come to this place, or begun a later epoch.
 func reached(st *schema.SessionState, p schema.ProducerPlace) bool {
 	for _, have := range st.GetProducers() {
-		if have.GetId() == p.ID {
+		if have.GetId() == p.ID && string(have.GetOwner()) == p.Owner {
 			return have.GetEpoch() > p.Epoch || have.GetEpoch() == p.Epoch && have.GetLastSeq() >= p.Seq
 		}
 	}

@@ -243,6 +243,8 @@ func TestVerifyASoundSession(t *testing.T) {
 		s.at(seq).Producer = &schema.Producer{Id: "p", Epoch: 2, Seq: uint64(i + 1)}
 	}
 	s.at(9).Producer = &schema.Producer{Id: "p", Epoch: 3, Seq: 1}
+	// Another sender's producer of that id is another one.
+	s.at(10).Producer, s.at(10).Source = &schema.Producer{Id: "p", Epoch: 2, Seq: 1}, &schema.Source{Subject: "other", Role: schema.Role_ROLE_USER}
 	v := verify(t, s)
 	if !v.Sound() || v.First != 1 || v.Last != 29 || v.Envelopes != 29 || v.Messages == 0 || v.Epoch == "" {
 		t.Errorf("%+v", v)

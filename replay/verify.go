@@ -73,9 +73,12 @@ func Verify(session string, events iter.Seq2[client.Event, error]) (*Verdict, er
 	return &v.Verdict, nil
 }
 
+// producer is whose it is, its id and its epoch.
 type producer struct {
-	id    string
-	epoch uint64
+	subject string
+	role    schema.Role
+	id      string
+	epoch   uint64
 }
 
 type verifier struct {
@@ -139,7 +142,7 @@ func (v *verifier) envelope(e *schema.Envelope) {
 		v.problem("The JSON form of seq %d reads back as another envelope.", seq)
 	}
 	if p := e.GetProducer(); p != nil {
-		v.produced(seq, p)
+		v.produced(seq, e.GetSource(), p)
 	}
 	if m := e.GetMessageCompleted(); m.GetText() != "" {
 		v.completed[m.GetMessageId()] = m.GetText()
@@ -147,8 +150,8 @@ func (v *verifier) envelope(e *schema.Envelope) {
 }
 
 // produced checks the producer's own order. Where the beginning was taken, or was not asked for, it may begin anywhere.
-func (v *verifier) produced(seq uint64, p *schema.Producer) {
-	k := producer{p.GetId(), p.GetEpoch()}
+func (v *verifier) produced(seq uint64, of *schema.Source, p *schema.Producer) {
+	k := producer{of.GetSubject(), of.GetRole(), p.GetId(), p.GetEpoch()}
 	last, known := v.producers[k]
 	switch {
 	case known && p.GetSeq() != last+1, !known && v.First == 1 && p.GetSeq() != 1:

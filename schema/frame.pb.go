@@ -495,7 +495,7 @@ func (x *SessionState) GetProgressed() *timestamppb.Timestamp {
 	return nil
 }
 
-// ProducerState is how far a producer has come in a session.
+// ProducerState is how far a producer has come in a session. A producer is its sender's: two senders' producers of one id have nothing to do with each other.
 type ProducerState struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -503,7 +503,9 @@ type ProducerState struct {
 	// The producer's last stored seq of that epoch.
 	LastSeq uint64 `protobuf:"varint,3,opt,name=last_seq,json=lastSeq,proto3" json:"last_seq,omitempty"`
 	// Where its last envelopes went, oldest first.
-	Runs          []*ProducerRun `protobuf:"bytes,4,rep,name=runs,proto3" json:"runs,omitempty"`
+	Runs []*ProducerRun `protobuf:"bytes,4,rep,name=runs,proto3" json:"runs,omitempty"`
+	// The sender's Source, encoded as in its envelopes.
+	Owner         []byte `protobuf:"bytes,5,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -562,6 +564,13 @@ func (x *ProducerState) GetLastSeq() uint64 {
 func (x *ProducerState) GetRuns() []*ProducerRun {
 	if x != nil {
 		return x.Runs
+	}
+	return nil
+}
+
+func (x *ProducerState) GetOwner() []byte {
+	if x != nil {
+		return x.Owner
 	}
 	return nil
 }
@@ -1146,12 +1155,13 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\x0eprompt_options\x18\r \x03(\tR\rpromptOptions\x12:\n" +
 	"\n" +
 	"progressed\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"progressed\"~\n" +
+	"progressed\"\x94\x01\n" +
 	"\rProducerState\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x19\n" +
 	"\blast_seq\x18\x03 \x01(\x04R\alastSeq\x12,\n" +
-	"\x04runs\x18\x04 \x03(\v2\x18.tidemark.v1.ProducerRunR\x04runs\"X\n" +
+	"\x04runs\x18\x04 \x03(\v2\x18.tidemark.v1.ProducerRunR\x04runs\x12\x14\n" +
+	"\x05owner\x18\x05 \x01(\fR\x05owner\"X\n" +
 	"\vProducerRun\x12!\n" +
 	"\fproducer_seq\x18\x01 \x01(\x04R\vproducerSeq\x12\x10\n" +
 	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +

@@ -37,9 +37,13 @@ type Scanned struct {
 	Producer ProducerPlace
 	// RequestID is nil where the envelope has none.
 	RequestID []byte
+	// ReplyTo is 0 where the envelope is no reply.
+	ReplyTo uint64
 
 	// Where the payload stands in the scanned bytes.
 	payloadFrom, payloadTo int
+	// source is the encoded Source, nil where the envelope has none.
+	source []byte
 
 	hasID, hasTime, hasProducer bool
 	// again: a field that may stand once stands twice, or is not of its type, so that only a full decode tells what the bytes mean.
@@ -50,6 +54,9 @@ type Scanned struct {
 
 // ProducerPlace is an envelope's place in its producer's own sequence.
 type ProducerPlace struct {
+	// Owner is whose producer it is: the sender's [Source] as it is encoded, to be compared and no more. A producer's id can be read by everybody who follows the session; under the same id another sender
+	// has another producer, so that nobody counts on in a sequence that is not his, or fences it (I6).
+	Owner      string
 	ID         string
 	Epoch, Seq uint64
 }
@@ -76,6 +83,9 @@ func Scan(raw []byte) (Scanned, error) {
 			return s, err
 		}
 	}
+	if s.hasProducer && s.source != nil {
+		s.Producer.Owner = string(s.source)
+	}
 	return s, nil
 }
 
@@ -93,8 +103,9 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 		switch v, _ := protowire.ConsumeVarint(value); {
 		case num == fieldSeq:
 			s.Seq = v
-		case num == fieldReplyTo && v == 0:
-			s.again = true
+		case num == fieldReplyTo:
+			s.ReplyTo = v
+			s.again = s.again || v == 0
 		}
 		return nil
 	}
@@ -113,7 +124,7 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 	case fieldTime:
 		s.hasTime = true
 	case fieldSource:
-		s.owned = true
+		s.owned, s.source = true, body
 	case fieldProducer:
 		s.hasProducer = true
 		return s.scanProducer(body)
@@ -200,18 +211,21 @@ func malformed(err error) error {
 
 // Stamp is what an edge adds to every envelope of a connection. It is made once and may be used concurrently.
 type Stamp struct {
+	// source is the field as it is appended, and owner the Source in it.
 	source []byte
+	owner  string
 }
 
 // NewStamp makes the stamp of a sender.
 func NewStamp(source *Source) Stamp {
-	body, err := proto.Marshal(source)
+	// Deterministic, because the same sender must be the same owner of its producers.
+	body, err := proto.MarshalOptions{Deterministic: true}.Marshal(source)
 	if err != nil {
 		// Source holds a checked string and a number: it cannot fail to encode unless the caller broke the contract that strings are UTF-8.
 		panic("schema: a source that cannot be encoded: " + err.Error()) //nolint:forbidigo // the caller's contract
 	}
 	field := protowire.AppendTag(nil, fieldSource, protowire.BytesType)
-	return Stamp{source: protowire.AppendBytes(field, body)}
+	return Stamp{source: protowire.AppendBytes(field, body), owner: string(body)}
 }
 
 // Accepted is an envelope that was validated and stamped: the stored form without its seq, which the appender adds.
@@ -255,6 +269,10 @@ func (t Stamp) Accept(raw []byte, now time.Time) (Accepted, error) {
 		out = appendTime(out, now)
 	}
 	out = append(out, t.source...)
+	if s.hasProducer {
+		// Whatever the sender said of it.
+		s.Producer.Owner = t.owner
+	}
 	return Accepted{Bytes: out, ID: s.ID, Kind: s.Kind, Producer: s.Producer, Payload: out[s.payloadFrom:s.payloadTo]}, nil
 }
 

@@ -47,6 +47,37 @@ func stored(t *testing.T, a Accepted, seq uint64) *Envelope {
 	return e
 }
 
+// A producer is its sender's, whatever the sender says who he is, and whoever reads it finds the same owner.
+func TestProducerOwner(t *testing.T) {
+	stamps := map[string]Stamp{
+		"agent": testStamp(), "user": NewStamp(&Source{Subject: "agent-7", Role: Role_ROLE_USER}), "other": NewStamp(&Source{Subject: "agent-8", Role: Role_ROLE_AGENT}),
+	}
+	owners := make(map[string]string)
+	for name, stamp := range stamps {
+		for _, claimed := range []*Source{nil, {Subject: "agent-7", Role: Role_ROLE_AGENT}} {
+			e := scanToken("x")
+			e.Producer, e.Source = &Producer{Id: "p", Epoch: 1, Seq: 1}, claimed
+			a, err := stamp.Accept(mustMarshal(t, e), scanTime)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again, err := Stored(a.Bytes); err != nil || again.Producer != a.Producer {
+				t.Errorf("accepted as %+v, read as %+v, %v", a.Producer, again.Producer, err)
+			}
+			if of, ok := owners[a.Producer.Owner]; ok && of != name {
+				t.Errorf("the %s's producer is taken for the %s's", name, of)
+			}
+			owners[a.Producer.Owner] = name
+		}
+	}
+	if len(owners) != len(stamps) {
+		t.Errorf("%d senders' producers have %d owners", len(stamps), len(owners))
+	}
+	if a, err := testStamp().Accept(mustMarshal(t, scanToken("x")), scanTime); err != nil || a.Producer != (ProducerPlace{}) {
+		t.Errorf("an envelope without a producer has %+v, %v", a.Producer, err)
+	}
+}
+
 func TestFieldNumbers(t *testing.T) {
 	fields := (&Envelope{}).ProtoReflect().Descriptor().Fields()
 	for name, num := range map[string]protowire.Number{
@@ -92,7 +123,7 @@ func TestAcceptKeepsWhatTheSenderSaid(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if a.ID.String() != e.Id || a.Producer != (ProducerPlace{"p", 2, 9}) {
+	if a.ID.String() != e.Id || a.Producer != (ProducerPlace{testStamp().owner, "p", 2, 9}) {
 		t.Errorf("id %s, producer %+v", a.ID, a.Producer)
 	}
 	got := stored(t, a, 5)
@@ -187,11 +218,15 @@ func FuzzAccept(f *testing.F) {
 		if got.Seq != 9 || got.Id != a.ID.String() || got.Kind() != a.Kind || got.GetSource().GetSubject() != "agent-7" || got.GetSource().GetRole() != Role_ROLE_AGENT {
 			t.Fatalf("scanned %+v, decoded %v", a, got)
 		}
-		if p := got.GetProducer(); a.Producer != (ProducerPlace{p.GetId(), p.GetEpoch(), p.GetSeq()}) {
-			t.Fatalf("producer scanned %+v, decoded %v", a.Producer, p)
+		place := ProducerPlace{ID: got.GetProducer().GetId(), Epoch: got.GetProducer().GetEpoch(), Seq: got.GetProducer().GetSeq()}
+		if got.GetProducer() != nil {
+			place.Owner = testStamp().owner
+		}
+		if a.Producer != place {
+			t.Fatalf("producer scanned %+v, decoded %+v", a.Producer, place)
 		}
 		again, err := Scan(mustMarshal(t, got))
-		if err != nil || again.Kind != a.Kind || again.ID != a.ID {
+		if err != nil || again.Kind != a.Kind || again.ID != a.ID || again.Producer != a.Producer || again.ReplyTo != got.GetReplyTo() {
 			t.Fatalf("scanned again: %+v, %v", again, err)
 		}
 	})

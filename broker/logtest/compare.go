@@ -27,7 +27,7 @@ func Compare(t *testing.T, a, b Instance, seed uint64) {
 		}
 	})
 	for _, id := range []schema.SessionID{ID("one"), ID("two"), {Tenant: "other", Name: "one"}} {
-		p.sessions = append(p.sessions, &twin{id: id, next: map[string]schema.ProducerPlace{}})
+		p.sessions = append(p.sessions, &twin{id: id, next: map[writing]schema.ProducerPlace{}})
 	}
 	for range 250 {
 		p.step()
@@ -77,6 +77,9 @@ func (s *side) openEdge() {
 	}
 }
 
+// writing is a producer: whose, and its id.
+type writing struct{ owner, id string }
+
 // twin is a session in both logs, and what the operations know of it.
 type twin struct {
 	id schema.SessionID
@@ -84,7 +87,7 @@ type twin struct {
 	sent   [][]schema.Accepted
 	epochs []string
 	head   uint64
-	next   map[string]schema.ProducerPlace
+	next   map[writing]schema.ProducerPlace
 	// ended: this history takes no more.
 	ended bool
 	// truncated: retention took a part of this history.
@@ -173,8 +176,8 @@ func (p *pair) submission(s *twin) broker.Submission {
 
 // produced are envelopes of a producer: mostly the next, sometimes old ones, sometimes with a hole, sometimes of another epoch.
 func (p *pair) produced(s *twin) []schema.Accepted {
-	id := fmt.Sprint("p", p.rng.IntN(3))
-	at := s.next[id]
+	subject, id := fmt.Sprint("s", p.rng.IntN(3)), fmt.Sprint("p", p.rng.IntN(2))
+	at := s.next[writing{ProducedBy(subject, id, 1, 1).Producer.Owner, id}]
 	epoch, seq := at.Epoch, at.Seq+1
 	switch p.rng.IntN(8) {
 	case 0:
@@ -190,7 +193,7 @@ func (p *pair) produced(s *twin) []schema.Accepted {
 	}
 	var out []schema.Accepted
 	for range 1 + p.rng.IntN(3) {
-		out = append(out, Produced(id, epoch, seq))
+		out = append(out, ProducedBy(subject, id, epoch, seq))
 		seq++
 	}
 	return out
@@ -215,7 +218,9 @@ func (p *pair) envelope() schema.Accepted {
 		return Waiting("?")
 	case 5:
 		return Waiting("?", "a", "b")
-	case 6, 7:
+	case 6:
+		return InputTo(1+uint64(p.rng.IntN(20)), "1")
+	case 7:
 		return Input([]string{"1", `"a"`, `"c"`}[p.rng.IntN(3)])
 	case 8:
 		return Failure("no", p.rng.IntN(2) == 0)
@@ -270,7 +275,7 @@ func (p *pair) publish(s *twin, edge, n int) {
 		s.sent, s.head = append(s.sent, sub.Envelopes), a.r.Last
 		for _, e := range sub.Envelopes {
 			if e.Producer.ID != "" {
-				s.next[e.Producer.ID] = e.Producer
+				s.next[writing{e.Producer.Owner, e.Producer.ID}] = e.Producer
 			}
 		}
 	}
@@ -477,7 +482,7 @@ func (p *pair) delete(s *twin, edge int) {
 	if !p.sameError(errs[0], errs[1]) {
 		p.Fatalf("deleting %s gave %v and %v", s.id, errs[0], errs[1])
 	}
-	s.sent, s.head, s.next, s.truncated, s.ended = nil, 0, map[string]schema.ProducerPlace{}, false, false
+	s.sent, s.head, s.next, s.truncated, s.ended = nil, 0, map[writing]schema.ProducerPlace{}, false, false
 }
 
 // restart restarts the logs that can be, and so ends all followers.

@@ -11,7 +11,12 @@ func ID(name string) schema.SessionID { return schema.SessionID{Tenant: "default
 
 // Accept validates and stamps an envelope as an edge does. It panics where a test made one that is refused.
 func Accept(e *schema.Envelope) schema.Accepted {
-	stamp := schema.NewStamp(&schema.Source{Subject: "logtest", Role: schema.Role_ROLE_AGENT})
+	return acceptOf("logtest", schema.Role_ROLE_AGENT, e)
+}
+
+// acceptOf is Accept for a sender of the caller's choice.
+func acceptOf(subject string, role schema.Role, e *schema.Envelope) schema.Accepted {
+	stamp := schema.NewStamp(&schema.Source{Subject: subject, Role: role})
 	a, err := stamp.AcceptEnvelope(e, time.Now())
 	if err != nil {
 		panic("logtest: " + err.Error())
@@ -37,9 +42,18 @@ func Tokens(message string, n int) []schema.Accepted {
 
 // Produced is a token at a place of a producer's sequence.
 func Produced(producer string, epoch, seq uint64) schema.Accepted {
+	return Accept(producedOf(producer, epoch, seq))
+}
+
+// ProducedBy is Produced by a sender of another subject, whose producer of that id is another one.
+func ProducedBy(subject, producer string, epoch, seq uint64) schema.Accepted {
+	return acceptOf(subject, schema.Role_ROLE_AGENT, producedOf(producer, epoch, seq))
+}
+
+func producedOf(producer string, epoch, seq uint64) *schema.Envelope {
 	e := tokenOf("of "+producer, ".")
 	e.Producer = &schema.Producer{Id: producer, Epoch: epoch, Seq: seq}
-	return Accept(e)
+	return e
 }
 
 // UserMessage is what a person says.
@@ -97,6 +111,11 @@ func Waiting(prompt string, options ...string) schema.Accepted {
 // Input answers the question.
 func Input(response string) schema.Accepted {
 	return Accept(&schema.Envelope{Payload: &schema.Envelope_UserInput{UserInput: &schema.UserInput{ResponseJson: response}}})
+}
+
+// InputTo answers the question with this seq.
+func InputTo(question uint64, response string) schema.Accepted {
+	return Accept(&schema.Envelope{ReplyTo: &question, Payload: &schema.Envelope_UserInput{UserInput: &schema.UserInput{ResponseJson: response}}})
 }
 
 // Failure says that a run met an error.

@@ -69,6 +69,8 @@ func cases() []testCase {
 		{"I3_ManyProducers", testManyProducers},
 		{"I6_ProducerGap", testProducerGap},
 		{"I6_ProducerFenced", testProducerFenced},
+		{"I6_ProducerOfItsSender", testProducerOfItsSender},
+		{"I6_ProducerOfItsSenderAnyTime", testProducerOfItsSenderAnyTime},
 		{"ExpectedSeq", testExpectedSeq},
 		{"ExpectedSeqHasOneWinner", testExpectedSeqHasOneWinner},
 		// Follow.
@@ -127,6 +129,7 @@ func cases() []testCase {
 		{"I3_RepeatedOnAnotherEdge", testRepeatedOnAnotherEdge},
 		{"I3_RetriesUnderContention", testRetriesUnderContention},
 		{"I6_FencedOnAnotherEdge", testFencedOnAnotherEdge},
+		{"I6_ProducersOverEdges", testProducersOverEdges},
 		{"ExpectedSeqHasOneWinnerOverEdges", testExpectedSeqOverEdges},
 		{"AnswerHasOneWinnerOverEdges", testAnswerOverEdges},
 		{"EndedOnAnotherEdge", testEndedOnAnotherEdge},
@@ -138,6 +141,7 @@ func cases() []testCase {
 		{"DeleteOnAnotherEdge", testDeleteOnAnotherEdge},
 		{"I1_RestartKeepsAll", testRestartKeepsAll},
 		{"I3_RestartKnowsRetries", testRestartKnowsRetries},
+		{"I6_ProducersRestored", testProducersRestored},
 		{"ClosingStoresProgress", testClosingStoresProgress},
 	}
 }
