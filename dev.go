@@ -109,9 +109,12 @@ func (c *devCommand) start(p *process) error {
 		return nil // it failed, or was stopped, before it was ready
 	}
 	at := addresses{HTTP: addressOf(overHTTP), GRPC: addressOf(overGRPC), NATS: n.server.Addr()}
-	if local != nil {
+	switch {
+	case local != nil:
 		err = p.announceIPC(local, overHTTP)
-	} else {
+	case p.env.logFormat == "json":
+		// Machines read along, and what they gather shall hold no tokens; `tidemark token` makes some.
+	default:
 		err = c.welcome(p.env, n, at)
 	}
 	if err != nil {

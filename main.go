@@ -61,6 +61,8 @@ type environment struct {
 	// args is the command line.
 	args []string
 	log  *slog.Logger
+	// logFormat is the log's form: text or json.
+	logFormat string
 }
 
 // usageError is a wrong use of the command line, found after it was parsed.
@@ -122,7 +124,7 @@ func run(ctx context.Context, env *environment, args []string) int {
 	if err != nil {
 		return complain(env, fmt.Errorf("%w; see %s --help", err, env.program), exitUsage)
 	}
-	env.log = newLogger(env.stderr, c.LogLevel, c.LogFormat)
+	env.log, env.logFormat = newLogger(env.stderr, c.LogLevel, c.LogFormat), c.LogFormat
 	parsed.BindTo(ctx, (*context.Context)(nil))
 	err = parsed.Run(env)
 	if _, wrong := errors.AsType[usageError](err); wrong {

@@ -64,8 +64,13 @@ func TestDevFromStartToEnd(t *testing.T) {
 		t.Errorf("the address file is left: %v", err)
 	}
 
-	// What was acknowledged is there after a restart, and tokens still count.
-	p = dev(t, dir)
+	// What was acknowledged is there after a restart, and tokens still count. A log for machines holds nothing else, no tokens above all.
+	p = dev(t, dir, "--log-format", "json")
+	for line := range strings.Lines(p.err.String()) {
+		if !json.Valid([]byte(line)) {
+			t.Errorf("the log in JSON has the line %q", line)
+		}
+	}
 	if r := tidemark(t, here, "follow", "--once", "s").must(t); r.out != "one\ntwo\n" {
 		t.Errorf("follow showed %q after the restart", r.out)
 	}

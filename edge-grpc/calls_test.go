@@ -137,6 +137,9 @@ func testListSessions(w *world, d dialect) {
 	if pages < 3 {
 		w.Errorf("5 sessions came in %d pages of 2", pages)
 	}
+	k := w.dial(d, token)
+	defer k.close()
+	w.wantProblem(k.call("ListSessions", &schema.ListSessionsRequest{Status: 99}, new(schema.ListSessionsResponse)), schema.Code_CODE_INVALID_MESSAGE)
 }
 
 func TestTokensAreNeeded(t *testing.T) { eachDialect(t, testTokens) }

@@ -80,6 +80,9 @@ func (e *Edge) listSessions(ctx context.Context, p *auth.Principal, req *schema.
 	if err := gateway.Authorize(p, gateway.List, ""); err != nil {
 		return nil, err
 	}
+	if _, known := schema.Status_name[int32(req.GetStatus())]; !known {
+		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "There is no status with the number %d.", req.GetStatus())
+	}
 	prefix, any := narrowed(p, req.GetPrefix())
 	if !any {
 		return &schema.ListSessionsResponse{}, nil
