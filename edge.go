@@ -280,7 +280,7 @@ func (p *process) startEdges(c *core, f *edgeFlags, overHTTP, overGRPC net.Liste
 	var err error
 	if overHTTP != nil {
 		web, err = edgews.New(edgews.Config{
-			Gateway: c.gateway, Verify: c.verify, Origins: f.Origins, Loopback: c.loopback, Page: c.page, Metrics: c.metrics, Logger: p.env.log,
+			Gateway: c.gateway, Verify: c.verify, Origins: f.Origins, Loopback: c.loopback, Page: c.page, Metrics: c.metrics, Register: c.metrics, Logger: p.env.log,
 		})
 	}
 	if overGRPC != nil && err == nil {

@@ -160,16 +160,30 @@ func checkLoopback(flag, addr string) error {
 	return nil
 }
 
+// readTimeout is how long a client of an HTTP port may take to send its request, and a handler to answer it. A WebSocket is free of it: net/http takes the deadline away where a connection is hijacked.
+const readTimeout = 15 * time.Second
+
+// withoutBodies answers what has a body before h sees it, and leaves the body unread: these ports take requests that have none.
+func withoutBodies(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength == 0 {
+			h.ServeHTTP(w, r)
+			return
+		}
+		// The server would wait for what is left of it.
+		_ = http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0)) // the timeout ends it otherwise
+		w.Header().Set("Connection", "close")
+		answerJSON(w, http.StatusBadRequest, map[string]string{
+			"error": http.StatusText(http.StatusBadRequest), "details": "This port takes no request with a body.", "code": schema.Code_CODE_INVALID_MESSAGE.Word(),
+		})
+	})
+}
+
 // serveHTTP runs an HTTP server until it is shut down. The connections' contexts end with ctx.
 func (p *process) serveHTTP(ctx context.Context, name string, l net.Listener, h http.Handler) *http.Server {
-	s := &http.Server{
-		Handler:           h,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ErrorLog:          slog.NewLogLogger(p.env.log.Handler(), slog.LevelDebug),
-	}
+	s := newHTTPServer(h, readTimeout)
+	s.BaseContext = func(net.Listener) context.Context { return ctx }
+	s.ErrorLog = slog.NewLogLogger(p.env.log.Handler(), slog.LevelDebug)
 	p.run(name, func() error {
 		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			return err
@@ -179,6 +193,17 @@ func (p *process) serveHTTP(ctx context.Context, name string, l net.Listener, h 
 	return s
 }
 
+// newHTTPServer is a server of requests without bodies, each of which may take so long to come.
+func newHTTPServer(h http.Handler, within time.Duration) *http.Server {
+	return &http.Server{
+		Handler:           withoutBodies(h),
+		ReadHeaderTimeout: min(within, 10*time.Second),
+		ReadTimeout:       within,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+	}
+}
+
 // newRegistry is where a process's metrics are registered.
 func newRegistry() *prometheus.Registry {
 	r := prometheus.NewRegistry()
@@ -186,24 +211,25 @@ func newRegistry() *prometheus.Registry {
 	return r
 }
 
+func answerJSON(w http.ResponseWriter, code int, body map[string]string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(body) // the peer is gone, or reads it
+}
+
 // statusHandler serves /healthz, /readyz and /metrics for processes that serve nothing else over HTTP.
 func statusHandler(ready func() error, metrics prometheus.Gatherer) http.Handler {
-	answer := func(w http.ResponseWriter, code int, body map[string]string) {
-		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(code)
-		_ = json.NewEncoder(w).Encode(body)
-	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		answer(w, http.StatusOK, map[string]string{"state": "alive"})
+		answerJSON(w, http.StatusOK, map[string]string{"state": "alive"})
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if err := ready(); err != nil {
 			r := schema.AsRefusal(err)
-			answer(w, http.StatusServiceUnavailable, map[string]string{"error": "Unavailable", "details": r.Message, "code": r.Code.Word()})
+			answerJSON(w, http.StatusServiceUnavailable, map[string]string{"error": "Unavailable", "details": r.Message, "code": r.Code.Word()})
 			return
 		}
-		answer(w, http.StatusOK, map[string]string{"state": "ready"})
+		answerJSON(w, http.StatusOK, map[string]string{"state": "ready"})
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
 	return mux

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"path"
 	"strings"
 	"sync"
 	"time"
@@ -47,6 +46,8 @@ type Config struct {
 	PingInterval time.Duration
 	// Metrics is what /metrics shows. Optional, and unused on loopback, where there is no such path.
 	Metrics prometheus.Gatherer
+	// Register is where the edge's own metrics are registered; nil for nowhere.
+	Register prometheus.Registerer
 	// Logger gets what happens, never tokens or queries. Default: discarded.
 	Logger *slog.Logger
 }
@@ -56,6 +57,8 @@ type Edge struct {
 	// Static after construction.
 	cfg Config
 	mux *http.ServeMux
+	// refused counts what is refused before the upgrade, by code.
+	refused *prometheus.CounterVec
 
 	running sync.WaitGroup // connections
 
@@ -73,8 +76,8 @@ func New(cfg Config) (*Edge, error) {
 		return nil, errors.New("edgews: Config has Page and Loopback, and on loopback there is no page")
 	}
 	for _, pattern := range cfg.Origins {
-		if _, err := path.Match(pattern, ""); err != nil {
-			return nil, fmt.Errorf("edgews: the origin %q is not a pattern: %w", pattern, err)
+		if err := checkOrigin(pattern); err != nil {
+			return nil, err
 		}
 	}
 	if cfg.PingInterval == 0 {
@@ -87,6 +90,15 @@ func New(cfg Config) (*Edge, error) {
 		cfg.Metrics = prometheus.NewRegistry()
 	}
 	e := &Edge{cfg: cfg, mux: http.NewServeMux(), cuts: make(map[*transport]context.CancelFunc)}
+	e.refused = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "tidemark_edge_ws_refused_total", Help: "Requests that were refused before the upgrade, by code.",
+	}, []string{"code"})
+	if cfg.Register != nil {
+		if err := cfg.Register.Register(e.refused); err != nil {
+			return nil, fmt.Errorf("edgews: metrics: %w", err)
+		}
+	}
+	e.mux.HandleFunc("/", e.nothingHere)
 	e.mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, state{State: "alive"}) })
 	if cfg.Loopback {
 		e.mux.HandleFunc("GET /v1/connect", e.connectOnLoopback)
@@ -107,7 +119,7 @@ func New(cfg Config) (*Edge, error) {
 // Handler serves all of the edge's paths.
 func (e *Edge) Handler() http.Handler {
 	if e.cfg.Loopback {
-		return onLoopback(e.mux)
+		return e.onLoopback(e.mux)
 	}
 	return e.mux
 }
@@ -132,17 +144,21 @@ func (e *Edge) connect(w http.ResponseWriter, r *http.Request) {
 		break
 	}
 	if subprotocol == "" {
-		refuse(w, schema.Refuse(schema.Code_CODE_UNSUPPORTED_PROTOCOL,
+		e.refuse(w, schema.Refuse(schema.Code_CODE_UNSUPPORTED_PROTOCOL,
 			"The request offers no subprotocol that this edge speaks; offer %s or %s in Sec-WebSocket-Protocol.", SubprotocolProto, SubprotocolJSON))
 		return
 	}
 	if token := auth.FromRequest(r); token != "" {
 		p, err := e.cfg.Verify(r.Context(), token)
 		if err != nil {
-			refuse(w, err)
+			e.refuse(w, err)
 			return
 		}
 		peer.Principal = p
+	}
+	if _, err := queryOf(r, "token"); err != nil {
+		e.refuse(w, err)
+		return
 	}
 	e.serve(w, r, peer, subprotocol)
 }
@@ -154,15 +170,15 @@ func (e *Edge) session(w http.ResponseWriter, r *http.Request) {
 	}
 	p, err := e.cfg.Verify(r.Context(), auth.FromRequest(r))
 	if err != nil {
-		refuse(w, err)
+		e.refuse(w, err)
 		return
 	}
 	a, err := attachOf(r, p)
 	if err != nil {
-		refuse(w, err)
+		e.refuse(w, err)
 		return
 	}
-	if !upgrades(w, r) {
+	if !e.upgrades(w, r) {
 		return
 	}
 	// A browser that offers subprotocols wants one selected. The only ones that there are here carry a token: the peer's own comes back to it.
@@ -178,7 +194,10 @@ func (e *Edge) session(w http.ResponseWriter, r *http.Request) {
 
 // attachOf is what the query of a session socket asks for.
 func attachOf(r *http.Request, p *auth.Principal) (*schema.Attach, error) {
-	q := r.URL.Query()
+	q, err := queryOf(r, "sessionName", "token", "lastSeq", "epoch")
+	if err != nil {
+		return nil, err
+	}
 	id, err := schema.ParseSessionID(p.Tenant, q.Get("sessionName"))
 	if err != nil {
 		return nil, err
@@ -205,7 +224,8 @@ func attachOf(r *http.Request, p *auth.Principal) (*schema.Attach, error) {
 func (e *Edge) serve(w http.ResponseWriter, r *http.Request, peer gateway.Peer, subprotocol string) {
 	t, err := accept(w, r, subprotocol, peer.Protocol != gateway.Proto)
 	if err != nil {
-		// The library has answered.
+		// The library has answered, through upgrade.
+		e.refused.WithLabelValues(schema.Code_CODE_INVALID_MESSAGE.Word()).Inc()
 		e.cfg.Logger.DebugContext(r.Context(), "upgrade refused", "remote", r.RemoteAddr, "err", err)
 		return
 	}

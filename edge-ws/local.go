@@ -17,13 +17,13 @@ import (
 
 // onLoopback refuses requests from other machines, and those that name another host than this machine: a page whose name was made to resolve to 127.0.0.1 (DNS rebinding) is of our origin for its
 // browser, but the browser still says in Host what the page called us.
-func onLoopback(next http.Handler) http.Handler {
+func (e *Edge) onLoopback(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case !isLoopback(hostOf(r.RemoteAddr)):
-			refuse(w, schema.Refuse(schema.Code_CODE_FORBIDDEN, "This server serves its own machine alone."))
+			e.refuse(w, schema.Refuse(schema.Code_CODE_FORBIDDEN, "This server serves its own machine alone."))
 		case !isLocalName(hostOf(r.Host)):
-			refuse(w, schema.Refuse(schema.Code_CODE_FORBIDDEN, "The request's Host does not name this machine; use 127.0.0.1."))
+			e.refuse(w, schema.Refuse(schema.Code_CODE_FORBIDDEN, "The request's Host does not name this machine; use 127.0.0.1."))
 		default:
 			next.ServeHTTP(w, r)
 		}
@@ -32,15 +32,15 @@ func onLoopback(next http.Handler) http.Handler {
 
 // connectOnLoopback serves the one connection that there is on loopback: many sessions, in protobuf.
 func (e *Edge) connectOnLoopback(w http.ResponseWriter, r *http.Request) {
-	if !e.enters(w, r) || !upgrades(w, r) {
+	if !e.enters(w, r) || !e.upgrades(w, r) {
 		return
 	}
 	if auth.FromRequest(r) != "" || r.Header.Get("Authorization") != "" {
-		refuse(w, schema.Refuse(schema.Code_CODE_UNAUTHENTICATED, "On loopback a token is taken in the first frame, hello, and in no other place."))
+		e.refuse(w, schema.Refuse(schema.Code_CODE_UNAUTHENTICATED, "On loopback a token is taken in the first frame, hello, and in no other place."))
 		return
 	}
 	if !slices.Contains(offers(r), SubprotocolProto) {
-		refuse(w, schema.Refuse(schema.Code_CODE_UNSUPPORTED_PROTOCOL, "On loopback there is one protocol; offer %s in Sec-WebSocket-Protocol.", SubprotocolProto))
+		e.refuse(w, schema.Refuse(schema.Code_CODE_UNSUPPORTED_PROTOCOL, "On loopback there is one protocol; offer %s in Sec-WebSocket-Protocol.", SubprotocolProto))
 		return
 	}
 	e.serve(w, r, gateway.Peer{Protocol: gateway.Proto, Remote: r.RemoteAddr}, SubprotocolProto)

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"tidemark/internal/doctable"
 	"tidemark/schema"
 )
@@ -64,14 +66,14 @@ func TestProtocolCloses(t *testing.T) {
 			if !ok || !strings.HasPrefix(r[3], says[rule.Reconnect]) {
 				t.Errorf("%s: PROTOCOL.md says reconnect %q, the code %q", word, r[3], says[rule.Reconnect])
 			}
-			// The two that say what the RFC has an own number for.
-			if exact := status == 1003 || status == 1007; rule.Close != status && (!exact || code != schema.Code_CODE_INVALID_MESSAGE) {
+			// Those that say what the RFC has an own number for.
+			if exact := status == 1002 || status == 1003 || status == 1007; rule.Close != status && (!exact || code != schema.Code_CODE_INVALID_MESSAGE) {
 				t.Errorf("%s: PROTOCOL.md says it closes with %d, the code %d", word, status, rule.Close)
 			}
 			seen[word] = true
 		}
 	}
-	for _, needed := range []string{"1000", "1001", "1003", "1007", "1008", "1009", "1011", "1012", "4401", "rate_exceeded", "forbidden", "session_deleted", "too_many_connections"} {
+	for _, needed := range []string{"1000", "1001", "1002", "1003", "1007", "1008", "1009", "1011", "1012", "4401", "rate_exceeded", "forbidden", "session_deleted", "too_many_connections"} {
 		if !seen[needed] {
 			t.Errorf("PROTOCOL.md does not say what %s means", needed)
 		}
@@ -84,6 +86,7 @@ func TestProtocolStatuses(t *testing.T) {
 	if len(statuses) != 6 {
 		t.Errorf("PROTOCOL.md has %d statuses", len(statuses))
 	}
+	edge := &Edge{refused: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "refused"}, []string{"code"})}
 	for _, r := range statuses {
 		for _, word := range words(r[1]) {
 			code, ok := codeOf(word)
@@ -92,7 +95,7 @@ func TestProtocolStatuses(t *testing.T) {
 			}
 			w := httptest.NewRecorder()
 			if code == schema.Code_CODE_UNSUPPORTED_PROTOCOL {
-				upgrades(w, httptest.NewRequest("GET", "/ws", nil))
+				edge.upgrades(w, httptest.NewRequest("GET", "/ws", nil))
 			} else {
 				refuse(w, schema.Refuse(code, "A sentence."))
 			}

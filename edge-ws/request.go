@@ -2,9 +2,11 @@ package edgews
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/url"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -13,14 +15,15 @@ import (
 
 // admit checks what every upgrade needs, before anything else is looked at; false where it has answered.
 func (e *Edge) admit(w http.ResponseWriter, r *http.Request) bool {
-	return upgrades(w, r) && e.enters(w, r)
+	return e.upgrades(w, r) && e.enters(w, r)
 }
 
 // upgrades says whether the request is one for a WebSocket; false where it has answered.
-func upgrades(w http.ResponseWriter, r *http.Request) bool {
+func (e *Edge) upgrades(w http.ResponseWriter, r *http.Request) bool {
 	if strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		return true
 	}
+	e.refused.WithLabelValues(schema.Code_CODE_UNSUPPORTED_PROTOCOL.Word()).Inc()
 	w.Header().Set("Connection", "Upgrade")
 	w.Header().Set("Upgrade", "websocket")
 	answer(w, http.StatusUpgradeRequired, problem{
@@ -32,14 +35,34 @@ func upgrades(w http.ResponseWriter, r *http.Request) bool {
 // enters checks where the request comes from, and whether there is room; false where it has answered.
 func (e *Edge) enters(w http.ResponseWriter, r *http.Request) bool {
 	if !e.mayComeFrom(r) {
-		refuse(w, e.cfg.Gateway.RefuseOrigin())
+		e.refuse(w, e.cfg.Gateway.RefuseOrigin())
 		return false
 	}
 	if err := e.cfg.Gateway.Admits(); err != nil {
-		refuse(w, err)
+		e.refuse(w, err)
 		return false
 	}
 	return true
+}
+
+// checkOrigin refuses a pattern of [Config].Origins that is none, or that no origin can be.
+func checkOrigin(pattern string) error {
+	if _, err := path.Match(pattern, ""); err != nil {
+		return fmt.Errorf("edgews: the origin %q is not a pattern: %w", pattern, err)
+	}
+	host := pattern
+	if scheme, rest, ok := strings.Cut(pattern, "://"); ok {
+		switch host = rest; {
+		case scheme == "":
+			host = ""
+		case pattern == "file://":
+			return nil // the one origin without a host: that of pages which some desktop programs load from files
+		}
+	}
+	if host == "" || strings.ContainsAny(host, "/ ,?#@") {
+		return fmt.Errorf("edgews: the origin %q is that of no page; name a host (app.example.com), or an origin as browsers do, without a path (https://app.example.com), or * for all", pattern)
+	}
+	return nil
 }
 
 // mayComeFrom checks the page that a browser connects from.
@@ -80,6 +103,24 @@ func offers(r *http.Request) []string {
 	return all
 }
 
+// queryOf is the request's query, where it is one and has nothing but these names, each at most once: what is misspelt would otherwise be passed over in silence, and another thing done than was
+// asked for. The error does not repeat what stands in it, which may be a token.
+func queryOf(r *http.Request, names ...string) (url.Values, error) {
+	q, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The query cannot be read; write what is special in a value as %%XX.")
+	}
+	for name, values := range q {
+		if !slices.Contains(names, name) {
+			return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The query has a name that %s does not know; it knows %s.", r.URL.Path, strings.Join(names, ", "))
+		}
+		if len(values) > 1 {
+			return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The query has %s more than once.", name)
+		}
+	}
+	return q, nil
+}
+
 func parseSeq(s string) (uint64, error) {
 	seq, err := strconv.ParseUint(s, 10, 64)
 	if err != nil {
@@ -98,6 +139,26 @@ type problem struct {
 // state is the body of a health check.
 type state struct {
 	State string `json:"state"`
+}
+
+// refuse answers a request for a connection, and counts.
+func (e *Edge) refuse(w http.ResponseWriter, err error) {
+	e.refused.WithLabelValues(schema.CodeOf(err).Word()).Inc()
+	refuse(w, err)
+}
+
+// nothingHere answers for the paths and methods that there are not.
+func (e *Edge) nothingHere(w http.ResponseWriter, r *http.Request) {
+	read := *r
+	read.Method = http.MethodGet
+	p := problem{Error: http.StatusText(http.StatusNotFound), Details: "There is nothing under this path.", Code: schema.Code_CODE_INVALID_MESSAGE.Word()}
+	if _, pattern := e.mux.Handler(&read); pattern == "/" {
+		answer(w, http.StatusNotFound, p)
+		return
+	}
+	w.Header().Set("Allow", "GET, HEAD")
+	p.Error, p.Details = http.StatusText(http.StatusMethodNotAllowed), "This path is for GET alone."
+	answer(w, http.StatusMethodNotAllowed, p)
 }
 
 // refuse answers a request with a refusal's status and sentence.

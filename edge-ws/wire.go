@@ -7,9 +7,12 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"tidemark/schema"
 )
 
 // Sizes of a wire's buffers, in bytes.
@@ -28,6 +31,28 @@ const (
 type upgrade struct {
 	http.ResponseWriter
 	wire *wire
+	// status is that of the library's refusal; 0 where it has not refused.
+	status int
+}
+
+// WriteHeader implements [http.ResponseWriter].
+func (u *upgrade) WriteHeader(status int) {
+	if status < http.StatusBadRequest {
+		u.ResponseWriter.WriteHeader(status)
+		return
+	}
+	u.status = status
+}
+
+// Write implements [http.ResponseWriter]: the library's refusal of a handshake gets the form of all others.
+func (u *upgrade) Write(p []byte) (int, error) {
+	if u.status == 0 {
+		return u.ResponseWriter.Write(p)
+	}
+	answer(u.ResponseWriter, u.status, problem{
+		Error: http.StatusText(u.status), Details: "The request is no WebSocket handshake: " + strings.TrimSpace(string(p)), Code: schema.Code_CODE_INVALID_MESSAGE.Word(),
+	})
+	return len(p), nil
 }
 
 // Hijack implements [http.Hijacker].
