@@ -304,7 +304,9 @@ async function expiry (session) {
   assert.deepEqual(await ending.closed(), ['token_expired', 4401, 'token_expired'])
   lasting.send('user_message', { message: 'still here' })
   await lasting.until('published')
-  lasting.ws.close()
+  // Whoever closes is answered.
+  lasting.ws.close(1000, 'done')
+  assert.deepEqual(await lasting.closed(), ['', 1000, 'done'])
   assert.deepEqual(await turnedAway(session, BRIEF_TOKEN), [401, 'unauthenticated'])
 }
 

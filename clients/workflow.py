@@ -273,6 +273,8 @@ async def expiry(session):
     await lasting.send(json.dumps(dict(type="user_message", data=dict(message="still here"))))
     await heard(lasting, "published")
     await lasting.close()
+    # Whoever closes is answered.
+    assert lasting.close_code == 1000
     assert await turned_away(session, os.environ["BRIEF_TOKEN"]) == (401, "unauthenticated")
 
 
