@@ -57,7 +57,9 @@ type appender struct {
 	rivalAt time.Time
 	// lean is the rival, once it has won too many races: what is to be appended goes there as long as it writes.
 	lean string
-	buf  []byte
+	// reported is when progress was stored last that was stored here.
+	reported time.Time
+	buf      []byte
 }
 
 // errGoneAppender: the log has forgotten the appender; look for the session's anew.
@@ -216,6 +218,9 @@ func (a *appender) store(batch []*Submission) {
 		if len(batch) == 0 {
 			return
 		}
+		if batch = a.postpone(batch); len(batch) == 0 {
+			return
+		}
 		if edge := a.leaning(batch, losses); edge != "" {
 			var err error
 			if batch, err = a.handOver(ctx, edge, batch); err != nil {
@@ -243,6 +248,9 @@ func (a *appender) store(batch []*Submission) {
 		case err == nil:
 			f.StreamSeq = seq
 			d.commit(f)
+			if a.st.progressed.Equal(f.Time) {
+				a.reported = f.Time
+			}
 			a.stored.Store(seq)
 			a.log.metrics.appended(f.Count, len(data), time.Since(f.Time))
 			d.releaseAll()

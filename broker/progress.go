@@ -18,6 +18,8 @@ const (
 	progressEvery = time.Second
 	// maxProgressWait bounds the waiting where other edges store progress of the session all the time.
 	maxProgressWait = 3 * progressEvery
+	// giveWay is how much later an edge stores progress that stored the last of it, too, while another edge writes to the session: the other's comes first then, and they take turns instead of racing.
+	giveWay = 50 * time.Millisecond
 	// maxReplaced bounds the publishes whose answers wait for one progress. With as many it is stored before its time (I8).
 	maxReplaced = 4096
 )
@@ -25,7 +27,8 @@ const (
 // throttle is the part of a [Submission] that is about waiting as progress. Owned by the appender once it is queued.
 type throttle struct {
 	// progress: it holds a workflow_progress. mayWait: it is nothing else, so that it may wait and be replaced. due: its time has come.
-	progress, mayWait, due bool
+	// onTime: it is due because the second has passed, as far as this edge knows, and for no other reason.
+	progress, mayWait, due, onTime bool
 	// wait is nil where it did not have to.
 	wait *progressWait
 }
@@ -62,11 +65,12 @@ func (s *Submission) waits() bool { return s.mayWait && !s.due }
 
 // delay lets a submission that may wait do so where progress was stored last at `last`, unless its time has come.
 func (s *Submission) delay(last, now time.Time) {
-	s.due = now.Sub(last) >= progressEvery
+	s.onTime = now.Sub(last) >= progressEvery
+	s.due = s.onTime
 	switch {
-	case s.wait != nil:
-		s.due = s.due || len(s.wait.replaced) >= maxReplaced || !now.Before(s.wait.until)
-	case !s.due:
+	case s.wait != nil && (len(s.wait.replaced) >= maxReplaced || !now.Before(s.wait.until)):
+		s.due, s.onTime = true, false
+	case s.wait == nil && !s.due:
 		s.wait = &progressWait{until: now.Add(maxProgressWait)}
 	}
 }
@@ -101,7 +105,9 @@ func (s *Submission) answerReplaced(r Receipt, err error) {
 // something in the queue may wait.
 func (a *appender) settle(now time.Time) (settled int, last time.Time) {
 	if a.st != nil {
-		last = a.st.progressed
+		if last = a.st.progressed; last.Equal(a.reported) && time.Since(a.rivalAt) <= maxProgressWait {
+			last = last.Add(giveWay)
+		}
 	}
 	var storing map[ulid.ULID]bool // the progress among kept whose time has come
 	store := func(s *Submission) {
@@ -163,6 +169,25 @@ func ready(settled []*Submission, last, now time.Time) (n int, wait time.Duratio
 		return n - 1, min(last.Add(progressEvery).Sub(now), end.wait.until.Sub(now))
 	}
 	return n, 0
+}
+
+// postpone takes the batch's last away, to wait on at the front of the queue, where it is progress whose time turns out not to have come: another edge has stored some. Where two edges report of a session at
+// once, the same second ends for both, and who loses the race would store its own right behind the winner's. Called by run, with the state as it is known now.
+func (a *appender) postpone(batch []*Submission) []*Submission {
+	end := len(batch) - 1
+	s := batch[end]
+	if !s.mayWait || !s.onTime || time.Since(a.st.progressed) >= progressEvery {
+		return batch
+	}
+	s.due, s.onTime = false, false
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	// Beyond the queue's bounds by this one at most.
+	a.queue = append([]*Submission{s}, a.queue...)
+	a.count += len(s.Envelopes)
+	a.size += s.size
+	a.mayWait++
+	return batch[:end:end]
 }
 
 // has reports whether the submission's first envelope is stored, as far as the state knows.

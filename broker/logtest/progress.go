@@ -2,6 +2,8 @@ package logtest
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 	"testing/synctest"
 	"time"
 
@@ -224,6 +226,41 @@ func testProgressOnAnotherEdge(w *world) {
 		w.waits("a report on the other edge", there)
 		if r := b.within("a report on the other edge", there, time.Second); r.First != 3*i+3 {
 			w.Fatalf("round %d: it went to %+v", i, r)
+		}
+	}
+}
+
+// testProgressOnTwoEdgesAtOnce reports twenty times a second on two edges, whose seconds end at the same time: one report a second is stored, and not one of each edge. The last is stored always.
+func testProgressOnTwoEdgesAtOnce(w *world) {
+	b := w.otherEdge()
+	for _, v := range []*world{w, b, w} {
+		v.publish(Token("m", "x"))
+	}
+	const n, every = 200, 50 * time.Millisecond
+	var open [2][]<-chan answer
+	for i := range n {
+		for j, v := range []*world{w, b} {
+			open[j] = append(open[j], v.submit(one(Progress(fmt.Sprint(i, " of edge ", j)))))
+		}
+		time.Sleep(every)
+	}
+	answered := make(map[uint64]bool)
+	var last [2]broker.Receipt
+	for j := range open {
+		for _, ch := range open[j] {
+			last[j] = w.within("a report", ch, 2*time.Second)
+			answered[last[j].First] = true
+		}
+	}
+	messages, seqs := w.progressIn()
+	// One as each of ten seconds begins, and the last of each edge.
+	if len(seqs) > 12 || len(answered) != len(seqs) {
+		w.Errorf("%d reports were stored in ten seconds, and %d places were answered: %q", len(seqs), len(answered), messages)
+	}
+	for j, r := range last {
+		i := slices.Index(seqs, r.First)
+		if i < 0 || !strings.HasPrefix(messages[i], fmt.Sprint(n-1, " ")) || !r.Replaced && messages[i] != fmt.Sprint(n-1, " of edge ", j) {
+			w.Errorf("the last report of edge %d was answered %+v: %q at %d", j, r, messages, seqs)
 		}
 	}
 }
