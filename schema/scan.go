@@ -100,10 +100,10 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 		if num != fieldReplyTo {
 			s.owned = true
 		}
-		switch v, _ := protowire.ConsumeVarint(value); {
-		case num == fieldSeq:
+		switch v, _ := protowire.ConsumeVarint(value); num {
+		case fieldSeq:
 			s.Seq = v
-		case num == fieldReplyTo:
+		case fieldReplyTo:
 			s.ReplyTo = v
 			s.again = s.again || v == 0
 		}

@@ -291,3 +291,27 @@ func testEndedOnAnotherEdge(w *world) {
 		}
 	}
 }
+
+// testAnswerNamesItsQuestion has answers say what they reply to, also on another edge than the one that asked; and a run that is started again takes no question away.
+func testAnswerNamesItsQuestion(w *world) {
+	b := w
+	if w.in.OpenEdge != nil {
+		b = w.otherEdge()
+	}
+	w.publish(StartRun("r"))
+	first := w.publish(Waiting("?", "a", "b")).First
+	second := b.publish(Waiting("?", "a", "c")).First
+	for _, v := range []*world{w, b} {
+		v.refused(schema.Code_CODE_NOT_WAITING, one(InputTo(first, `"a"`)))
+		v.refused(schema.Code_CODE_NOT_WAITING, one(InputTo(second+1, `"a"`)))
+		v.refused(schema.Code_CODE_INVALID_RESPONSE, one(InputTo(second, `"b"`)))
+		v.publish(StartRun("r"))
+		if s := v.session(); s.GetStatus() != schema.Status_STATUS_WAITING_FOR_INPUT {
+			w.Fatalf("the run was started again, and the session is %s", s.GetStatus())
+		}
+	}
+	b.publish(InputTo(second, `"c"`))
+	w.refused(schema.Code_CODE_NOT_WAITING, one(InputTo(second, `"c"`)))
+	w.publish(Waiting("?"))
+	w.publish(Input(`"without saying to what"`))
+}

@@ -34,8 +34,10 @@ func testProducerOfItsSender(w *world) {
 		again schema.Accepted
 		seq   uint64
 	}{
-		{Produced("p", 1, 1), first.First}, {Produced("p", 1, 2), second.First},
-		{ProducedBy("other", "p", 1, 1), other.First}, {ProducedBy("other", "p", 1, 2), other.First + 2},
+		{Produced("p", 1, 1), first.First},
+		{Produced("p", 1, 2), second.First},
+		{ProducedBy("other", "p", 1, 1), other.First},
+		{ProducedBy("other", "p", 1, 2), other.First + 2},
 		{acceptOf("logtest", schema.Role_ROLE_USER, producedOf("p", 1, 1)), role.First},
 	} {
 		if r := w.publish(c.again); !r.Duplicate || r.First != c.seq {
