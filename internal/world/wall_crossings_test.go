@@ -89,10 +89,10 @@ func (v *wall) crossings() []attempt {
 		{"a publish on an attachment that was refused", "invalid_message", func(x *intruder, target string) {
 			x.Socket("/v1/connect", bearer(narrow), binary, attach(7, target), publish(&schema.Publish{Channel: 7}))
 		}},
-		{"two names on the session socket", "", func(x *intruder, target string) {
+		{"two names on the session socket", "invalid_message", func(x *intruder, target string) {
 			x.Socket(ws("mine2", "&sessionName="+target), bearer(narrow), nil)
 		}},
-		{"two names on the session socket, the other way", "forbidden", func(x *intruder, target string) {
+		{"two names on the session socket, the other way", "invalid_message", func(x *intruder, target string) {
 			x.Socket(ws(target, "&sessionName=mine2"), bearer(narrow), nil)
 		}},
 		// What the victim knows helps nobody else.
@@ -117,7 +117,7 @@ func (v *wall) crossings() []attempt {
 			x.Socket("/v1/connect", bearer(theirs), binary, attachFrame(&schema.Attach{Channel: 1, Session: target, Start: &schema.Attach_Last{Last: 5}}))
 		}},
 		// What stands beside the token.
-		{"a tenant in the query", "seq_beyond_head", func(x *intruder, target string) {
+		{"a tenant in the query", "invalid_message", func(x *intruder, target string) {
 			x.Socket(ws(target, "&lastSeq=4&tenant=default&tenantName=default"), bearer(theirs), nil)
 		}},
 		{"a tenant in the headers", "session_not_found", func(x *intruder, target string) {
