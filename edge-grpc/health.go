@@ -113,6 +113,7 @@ func (h *health) mount(mux *http.ServeMux) {
 		}, webOptions()))
 	mux.Handle(healthpb.Health_Watch_FullMethodName, connect.NewServerStreamHandler(healthpb.Health_Watch_FullMethodName,
 		func(ctx context.Context, req *connect.Request[healthpb.HealthCheckRequest], out *connect.ServerStream[healthpb.HealthCheckResponse]) error {
+			unhurried(ctx)
 			return webStatus(h.watch(ctx, req.Msg, out.Send))
 		}, webOptions()))
 }

@@ -40,8 +40,13 @@ func (e *Edge) webHandler() http.Handler {
 	mount(connection.web(e))
 	e.health.mount(mux)
 	reflector := grpcreflect.NewStaticReflector(schemaconnect.SessionServiceName, healthService)
-	mux.Handle(grpcreflect.NewHandlerV1(reflector))
-	mux.Handle(grpcreflect.NewHandlerV1Alpha(reflector))
+	for _, mount := range []func(*grpcreflect.Reflector, ...connect.HandlerOption) (string, http.Handler){grpcreflect.NewHandlerV1, grpcreflect.NewHandlerV1Alpha} {
+		path, h := mount(reflector)
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			unhurried(r.Context())
+			h.ServeHTTP(w, r)
+		})
+	}
 	return e.allowOrigins(decodeText(withController(mux)))
 }
 
@@ -53,6 +58,7 @@ func webOptions() connect.HandlerOption {
 
 func (c call[Req, Res]) web(e *Edge) (string, *connect.Handler) {
 	return c.method, connect.NewUnaryHandler(procedure(c.method), func(ctx context.Context, req *connect.Request[Req]) (*connect.Response[Res], error) {
+		unhurried(ctx)
 		res, f := c.run(ctx, e, req.Peer().Protocol, bearer(req.Header().Get("Authorization")), req.Msg)
 		if f != nil {
 			return nil, f.web()
@@ -78,6 +84,7 @@ func (s stream) web(e *Edge) (string, *connect.Handler) {
 
 // serveWeb runs one stream; first is its message where there is only one.
 func (s stream) serveWeb(e *Edge, ctx context.Context, c connect.StreamingHandlerConn, first *message) error {
+	unhurried(ctx)
 	isJSON := strings.Contains(c.RequestHeader().Get("Content-Type"), "json")
 	gp, err := s.peer(ctx, e, bearer(c.RequestHeader().Get("Authorization")), c.Peer().Addr, func(a *schema.Attach) error {
 		if !isJSON {
@@ -118,11 +125,26 @@ func (s stream) serveWeb(e *Edge, ctx context.Context, c connect.StreamingHandle
 // controllerKey is where withController puts the request's controller.
 type controllerKey struct{}
 
-// withController hands the deadlines of a request's connection on to its stream: nothing else lets go of a read or write that is blocked.
+// bodyTimeout is how long the message of a call may take to come, and what the handler leaves of it to be passed over: it is read before anybody knows whose it is, so it must not hold a connection.
+const bodyTimeout = 15 * time.Second
+
+// withController hands the deadlines of a request's connection on to its stream: nothing else lets go of a read or write that is blocked. A handler has [bodyTimeout] to read in, until it is
+// [unhurried].
 func withController(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), controllerKey{}, http.NewResponseController(w))))
+		c := http.NewResponseController(w)
+		hurry := func() { _ = c.SetReadDeadline(time.Now().Add(bodyTimeout)) } // it fails where the connection is closed
+		hurry()
+		defer hurry()
+		h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), controllerKey{}, c)))
 	})
+}
+
+// unhurried takes the deadline for the body away: it has come, or its messages may come whenever they like.
+func unhurried(ctx context.Context) {
+	if c, ok := ctx.Value(controllerKey{}).(*http.ResponseController); ok {
+		_ = c.SetReadDeadline(time.Time{}) // it fails where the connection is closed
+	}
 }
 
 // webTransport carries a connection of the gateway over a stream of connect-go.
