@@ -284,6 +284,7 @@ func TestPeerCloses(t *testing.T) {
 		p.wantCaughtUp(1, 0)
 		p.token(1, "s", "hi")
 		p.lost <- ErrPeerClosing
+		synctest.Wait()
 		w.fill("other", "not any more")
 		p.wantNothing()
 		close(held)
