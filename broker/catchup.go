@@ -26,6 +26,9 @@ func (a *appender) know(ctx context.Context, batch *[]*Submission) error {
 			return err
 		}
 		a.st, a.stale = st, false
+		if head != nil {
+			a.saw(head)
+		}
 		return nil
 	}
 	if !a.stale {
