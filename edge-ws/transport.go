@@ -137,7 +137,7 @@ func (t *transport) receive() ([]byte, error) {
 		case len(b) > schema.MaxFrameBytes:
 			// Whatever is left of it is not read.
 			return nil, schema.Refuse(schema.Code_CODE_TOO_LARGE, "The message has more than %d bytes, which is the most that is allowed.", schema.MaxFrameBytes)
-		case err == io.EOF && t.wire.failed: // the library returns it as it is
+		case err == io.EOF && t.wire.failed.Load(): // the library returns it as it is
 			// The library takes a connection that ends within a message for the end of the message (v1.8.15, msgReader.Read).
 			return nil, io.ErrUnexpectedEOF
 		case err == io.EOF: // the library returns it as it is
@@ -157,7 +157,7 @@ func (t *transport) judged(err error) error {
 		return gateway.ErrPeerClosing
 	case closes:
 		return t.violation(websocket.StatusInvalidFramePayloadData, "the reason of the close frame is not valid UTF-8")
-	case t.wire.failed || t.closing.Load() || t.wire.lost(), errors.Is(err, net.ErrClosed), errors.Is(err, errBehind), errors.Is(err, context.DeadlineExceeded):
+	case t.wire.failed.Load() || t.closing.Load() || t.wire.lost(), errors.Is(err, net.ErrClosed), errors.Is(err, errBehind), errors.Is(err, context.DeadlineExceeded):
 		return err
 	}
 	if _, is := errors.AsType[flate.CorruptInputError](err); is {

@@ -97,8 +97,9 @@ type wire struct {
 	in    []byte // not yet read; in first, or in large
 	first [landing]byte
 	large *[gulp]byte // from gulps; nil while first is enough
-	// failed: a read of the library failed.
-	failed bool
+
+	// failed: a read of the library failed. The library may read in Close while Receive looks at why its own read ended.
+	failed atomic.Bool
 
 	// background is the write of a control frame.
 	background sync.WaitGroup
@@ -139,7 +140,9 @@ func (w *wire) Read(p []byte) (int, error) {
 	if n > 0 {
 		w.reads.Add(1)
 	}
-	w.failed = w.failed || err != nil
+	if err != nil {
+		w.failed.Store(true)
+	}
 	return n, err
 }
 
