@@ -36,7 +36,7 @@ func TestBenchFromTheCommandLine(t *testing.T) {
 		t.Errorf("left behind: %v %v", left, err)
 	}
 
-	node := dev(t, filepath.Join(dir, "node"), "--durability", "os")
+	node := dev(t, filepath.Join(dir, "node"), "--durability", "os", "--agent-rate", "0")
 	token := strings.TrimSpace(tidemark(t, nil, "token", "--data-dir", filepath.Join(dir, "node"), "--role", "admin", "--session", bench.SessionPrefix+"*").must(t).out)
 	check(spawn(t, append(quick, "--url", "http://"+node.at.HTTP, "--token", token)...), 0) // no baseline, no row
 	node.stop()
