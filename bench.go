@@ -31,7 +31,7 @@ type benchCommand struct {
 	Window   int           `default:"256" help:"Tokens of a session that are sent and not yet acknowledged, at full speed."`
 	Size     int           `default:"110" help:"Bytes of a token's envelope."`
 	Dir      string        `placeholder:"DIR" help:"Where the nodes store, each in a directory that is removed behind it. Its disk is what is measured. Default: the system's directory for temporary files."`
-	URL      string        `name:"url" placeholder:"URL" help:"Load the WebSocket edge that runs there instead of nodes of our own. What is stored stays. Give --token, and --nats for the baseline."`
+	URL      string        `name:"url" placeholder:"URL" help:"Load the WebSocket edge that runs there instead of nodes of our own. What is stored stays. Start it with --agent-rate 0; give --token, and --nats for the baseline."`
 	Token    secretText    `placeholder:"TEXT" help:"Token for --url. Set it in the environment; on the command line others can see it."`
 	Nats     serverURL     `name:"nats" placeholder:"URL" help:"NATS server of the edge of --url, with user and password, for the baseline."`
 	JSON     bool          `name:"json" help:"Print the report in JSON."`
