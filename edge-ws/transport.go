@@ -157,11 +157,15 @@ func (t *transport) judged(err error) error {
 		return gateway.ErrPeerClosing
 	case closes:
 		return t.violation(websocket.StatusInvalidFramePayloadData, "the reason of the close frame is not valid UTF-8")
-	case t.wire.failed.Load() || t.closing.Load() || t.wire.lost(), errors.Is(err, net.ErrClosed), errors.Is(err, errBehind), errors.Is(err, context.DeadlineExceeded):
+	case t.closing.Load():
 		return err
 	}
+	// That is known of the bytes that came, whether or not the connection broke behind them.
 	if _, is := errors.AsType[flate.CorruptInputError](err); is {
 		return t.violation(websocket.StatusInvalidFramePayloadData, "the message is not compressed as it says")
+	}
+	if t.wire.failed.Load() || t.wire.lost() || errors.Is(err, net.ErrClosed) || errors.Is(err, errBehind) || errors.Is(err, context.DeadlineExceeded) {
+		return err
 	}
 	for inner := err; inner != nil; inner = errors.Unwrap(inner) {
 		err = inner
