@@ -257,6 +257,7 @@ func (d *draft) commit(f *frame) {
 	d.st.meetFrame(f)
 	for i, e := range d.envelopes {
 		d.st.advance(f.First+uint64(i), e.Kind, e.Producer)
+		d.st.meetReport(f.First+uint64(i), e.ID, e.Kind)
 	}
 	d.st.lifecycle = d.life
 	d.st.recent.trim()

@@ -29,6 +29,8 @@ type throttle struct {
 	// progress: it holds a workflow_progress. mayWait: it is nothing else, so that it may wait and be replaced. due: its time has come.
 	// onTime: it is due because the second has passed, as far as this edge knows, and for no other reason.
 	progress, mayWait, due, onTime bool
+	// came is when it was submitted.
+	came time.Time
 	// wait is nil where it did not have to.
 	wait *progressWait
 }
@@ -51,7 +53,7 @@ type replaced struct {
 
 // classify notes what the submission is to the throttle.
 func (s *Submission) classify() {
-	s.throttle = throttle{}
+	s.throttle = throttle{came: time.Now()}
 	for i := range s.Envelopes {
 		if s.Envelopes[i].Kind == schema.KindWorkflowProgress {
 			s.progress = true
@@ -171,11 +173,15 @@ func ready(settled []*Submission, last, now time.Time) (n int, wait time.Duratio
 	return n, 0
 }
 
-// postpone takes the batch's last away, to wait on at the front of the queue, where it is progress whose time turns out not to have come: another edge has stored some. Where two edges report of a session at
+// postpone takes the batch's last away where newer progress has taken its place, which answers it, or to wait on at the front of the queue, where it is progress whose time turns out not to have come: another edge has stored some. Where two edges report of a session at
 // once, the same second ends for both, and who loses the race would store its own right behind the winner's. Called by run, with the state as it is known now.
 func (a *appender) postpone(batch []*Submission) []*Submission {
 	end := len(batch) - 1
 	s := batch[end]
+	if s.mayWait && a.outdates(s) {
+		s.finish(Receipt{Epoch: a.st.epoch, First: a.st.reportSeq, Last: a.st.reportSeq, Replaced: true}, nil)
+		return batch[:end:end]
+	}
 	if !s.mayWait || !s.onTime || time.Since(a.st.progressed) >= progressEvery {
 		return batch
 	}
@@ -188,6 +194,12 @@ func (a *appender) postpone(batch []*Submission) []*Submission {
 	a.size += s.size
 	a.mayWait++
 	return batch[:end:end]
+}
+
+// outdates reports whether newer progress was stored while this waited, by another edge: an agent that lost its connection has gone on there. Stored behind that, it would be what the session shows last. What is newer, the
+// ids' times say, which are their senders'; so only what was stored since this was submitted counts, and nobody's clock keeps out what comes later.
+func (a *appender) outdates(s *Submission) bool {
+	return a.st.reportSeq > 0 && a.st.progressed.After(s.came) && a.st.report.Time() > s.Envelopes[0].ID.Time() && !a.has(s)
 }
 
 // has reports whether the submission's first envelope is stored, as far as the state knows.

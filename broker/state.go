@@ -38,6 +38,9 @@ type state struct {
 	created, updated time.Time
 	// progressed is when the last frame was written that holds a WorkflowProgress; zero where none does.
 	progressed time.Time
+	// report is the id of the last WorkflowProgress, and reportSeq its seq; zero in a state that was restored and has met none since.
+	report    ulid.ULID
+	reportSeq uint64
 
 	producers map[producerKey]*producerState
 	// forgot: there were more producers than are remembered.
@@ -98,6 +101,14 @@ func (s *state) meetFrame(f *frame) {
 func (s *state) fold(seq uint64, id ulid.ULID, kind schema.Kind, payload []byte, p schema.ProducerPlace) {
 	s.recent.add(seq, id)
 	s.foldPayload(seq, kind, payload, p)
+	s.meetReport(seq, id, kind)
+}
+
+// meetReport notes which WorkflowProgress is the last.
+func (s *state) meetReport(seq uint64, id ulid.ULID, kind schema.Kind) {
+	if kind == schema.KindWorkflowProgress {
+		s.report, s.reportSeq = id, seq
+	}
 }
 
 // foldPayload is fold without the id.

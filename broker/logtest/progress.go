@@ -265,6 +265,28 @@ func testProgressOnTwoEdgesAtOnce(w *world) {
 	}
 }
 
+// testProgressLeftBehind reports on one edge, and then once on another, as an agent does whose connection was lost: what the session shows last is the newer report, and who waits for the older is told so.
+func testProgressLeftBehind(w *world) {
+	b := w.otherEdge()
+	for _, v := range []*world{w, b, w} {
+		v.publish(Token("m", "x"))
+	}
+	for range 5 {
+		first := w.submit(one(Progress("stored at once")))
+		time.Sleep(300 * time.Millisecond)
+		older := w.submit(one(Progress("left behind")))
+		time.Sleep(100 * time.Millisecond)
+		newer := b.submit(one(Progress("gone on")))
+		w.within("the first report", first, 5*time.Second)
+		old, last := w.within("the older report", older, 5*time.Second), w.within("the newer report", newer, 5*time.Second)
+		messages, seqs := w.progressIn()
+		if end := len(seqs) - 1; messages[end] != "gone on" || last.First != seqs[end] || old.First > last.First || old.Replaced != (old.First == last.First) {
+			w.Fatalf("the older was answered %+v, the newer %+v; stored are %q at %d", old, last, messages, seqs)
+		}
+		time.Sleep(5 * time.Second)
+	}
+}
+
 // testProgressBesideAFlood reports on one edge, also between other things, while the session is flooded on the other, so that the reports lose races and are handed over: all are answered with the place of a report
 // that is as new, and nothing that is not progress is missing.
 func testProgressBesideAFlood(w *world) {

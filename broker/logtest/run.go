@@ -136,6 +136,7 @@ func cases() []testCase {
 		{"EndedOnAnotherEdge", testEndedOnAnotherEdge},
 		{"ProgressOnAnotherEdge", testProgressOnAnotherEdge},
 		{"ProgressOnTwoEdgesAtOnce", testProgressOnTwoEdgesAtOnce},
+		{"ProgressLeftBehind", testProgressLeftBehind},
 		{"ProgressBesideAFlood", testProgressBesideAFlood},
 		{"ProgressDeletedOnAnotherEdge", testProgressDeletedOnAnotherEdge},
 		{"DecidedOnWhatIsAcknowledged", testDecidedOnWhatIsAcknowledged},
