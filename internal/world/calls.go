@@ -191,12 +191,24 @@ func (s *callsWire) publish(m any) error {
 	if s.append == nil {
 		a, err := s.stream(context.Background(), "AppendStream", true, true)
 		if err != nil {
+			// No stream will say that there is none; whoever receives must hear of it all the same.
+			s.fail(err)
 			return err
 		}
 		s.append = a
 		s.read(a)
 	}
 	return s.append.SendMsg(m)
+}
+
+// fail hands on the error of a stream that never began.
+func (s *callsWire) fail(err error) {
+	s.readers.Go(func() {
+		select {
+		case s.frames <- err:
+		case <-s.over:
+		}
+	})
 }
 
 func (s *callsWire) receive() ([]*schema.ServerFrame, error) {
@@ -216,6 +228,9 @@ func (s *callsWire) close() { s.drop() }
 func (s *callsWire) drop() {
 	s.calls.drop()
 	s.once.Do(func() { close(s.over) })
+	// Who publishes just now starts a reader, perhaps.
+	s.mu <- struct{}{}
+	defer func() { <-s.mu }()
 	s.readers.Wait()
 }
 

@@ -26,3 +26,24 @@ func TestEveryWay(t *testing.T) {
 		}
 	})
 }
+
+// TestAnEdgeThatIsGone: whoever comes to it hears so, by ways that connect at once and by those that connect with the first publish.
+func TestAnEdgeThatIsGone(t *testing.T) {
+	Run(t, Config{}, func(w *World) {
+		w.KillEdge(w.Edge(1))
+		for _, way := range Ways() {
+			p, end := w.TryDial(w.Edge(1), way, Dial{}, &schema.Attach{Channel: 1, Session: "s"})
+			if p != nil {
+				t.Errorf("%s: connected", way)
+				p.Close()
+			} else if end.Err == nil {
+				t.Errorf("%s: no error", way)
+			}
+		}
+		p := w.Join(w.Edge(1), Calls, "s")
+		p.Publish("s", Token("one"))
+		if end := p.WantEnd(schema.Code_CODE_UNSPECIFIED); end.Err == nil {
+			t.Error("no error")
+		}
+	})
+}
