@@ -181,31 +181,35 @@ func TestI3_AProducerRetriesAtAnyTime(t *testing.T) {
 }
 
 // TestI3_EverythingBreaks: writers by every way, some with producers and some with ids alone, whose connections are cut in the middle of frames in both directions, whose edges are killed and whose NATS
-// crashes. In the end all of it is stored once, in its order.
+// crashes. In the end all of it is stored once, and what producers numbered in its order. A session remembers its last 1,024 ids: no more than these are sent to the one whose writers have nothing else.
 func TestI3_EverythingBreaks(t *testing.T) {
+	const byProducers, byIDs = "by producers", "by ids"
+	publishes := map[string]int{byProducers: 240, byIDs: 1024 / (len(Ways()) * 3)}
 	for _, seed := range seeds(2, 40) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			Run(t, Config{Latency: 300 * time.Microsecond}, func(w *World) {
 				r := rand.New(rand.NewPCG(seed, 3))
 				edges := w.edges
-				var writers []*Writer
-				for i, way := range Ways() {
+				var all []*Writer
+				writers := make(map[string][]*Writer)
+				for i := range 2 * len(Ways()) {
+					way, session := Ways()[i/2], byIDs
 					o := WriterOptions{Ways: []Way{way, Ways()[r.IntN(len(Ways()))]}, Edges: edges}
 					if i%2 == 0 {
-						o.Producer = way.String()
+						session, o.Producer = byProducers, way.String()
 					}
 					up, down := rand.New(rand.NewPCG(seed, uint64(i))), rand.New(rand.NewPCG(seed, uint64(100+i)))
 					o.CutAfter = func() int { return 2000 + up.IntN(12_000) }
 					o.DeafAfter = func() int { return 1000 + down.IntN(8_000) }
-					x := w.Write("s", o)
-					for k := range 400 {
+					x := w.Write(session, o)
+					for k := range publishes[session] {
 						n := 1
 						if o.Ways[0] != SessionSocket && o.Ways[1] != SessionSocket {
 							n += r.IntN(3)
 						}
 						x.Send(Tokens(fmt.Sprint(way, ".", k, "."), n)...)
 					}
-					writers = append(writers, x)
+					all, writers[session] = append(all, x), append(writers[session], x)
 				}
 				for range 6 {
 					w.Sleep(time.Duration(5+r.IntN(60)) * time.Millisecond)
@@ -217,23 +221,25 @@ func TestI3_EverythingBreaks(t *testing.T) {
 					case 2:
 						edges[r.IntN(len(edges))].CutNATS()
 					default:
-						writers[r.IntN(len(writers))].Cut()
+						all[r.IntN(len(all))].Cut()
 					}
 					synctest.Wait()
 				}
-				for _, x := range writers {
+				for _, x := range all {
 					x.Flush()
 					t.Logf("%v lost %d connections", x.o.Ways, x.Lost())
 				}
 				fresh := w.StartEdge()
-				want := 0
-				for _, x := range writers {
-					for _, s := range x.Sent() {
-						want += len(s.Envelopes)
+				for session, writers := range writers {
+					want := 0
+					for _, x := range writers {
+						for _, s := range x.Sent() {
+							want += len(s.Envelopes)
+						}
 					}
-				}
-				if all := fresh.WantStored("s", writers...); len(all) != want {
-					t.Errorf("%d envelopes are stored, %d were sent", len(all), want)
+					if stored := fresh.WantStored(session, writers...); len(stored) != want {
+						t.Errorf("session %q: %d envelopes are stored, %d were sent", session, len(stored), want)
+					}
 				}
 			})
 		})
