@@ -1,10 +1,6 @@
 package broker
 
 import (
-	"encoding/json"
-	"slices"
-	"strings"
-
 	"google.golang.org/protobuf/proto"
 
 	"tidemark/schema"
@@ -129,10 +125,7 @@ func (l *lifecycle) decideInput(id schema.SessionID, e *schema.Accepted) *schema
 	if proto.Unmarshal(e.Payload, &m) != nil {
 		return nil
 	}
-	// An answer that is no string is beyond the options: a form's object, a number.
-	response := strings.TrimLeft(m.GetResponseJson(), " \t\r\n")
-	var text string
-	if !strings.HasPrefix(response, `"`) || json.Unmarshal([]byte(response), &text) != nil || slices.Contains(l.options, text) {
+	if schema.Allows(l.options, m.GetResponseJson()) {
 		return nil
 	}
 	return schema.Refuse(schema.Code_CODE_INVALID_RESPONSE, "The answer is none of the %d that the question of session %s, seq %d, allows; send one of its options.", len(l.options), id, l.prompt)

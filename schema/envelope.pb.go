@@ -292,6 +292,7 @@ type Envelope struct {
 	//	*Envelope_UserInput
 	//	*Envelope_Cancel
 	//	*Envelope_Error
+	//	*Envelope_WorkFailed
 	Payload       isEnvelope_Payload `protobuf_oneof:"payload"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -543,6 +544,15 @@ func (x *Envelope) GetError() *Error {
 	return nil
 }
 
+func (x *Envelope) GetWorkFailed() *WorkFailed {
+	if x != nil {
+		if x, ok := x.Payload.(*Envelope_WorkFailed); ok {
+			return x.WorkFailed
+		}
+	}
+	return nil
+}
+
 type isEnvelope_Payload interface {
 	isEnvelope_Payload()
 }
@@ -615,6 +625,10 @@ type Envelope_Error struct {
 	Error *Error `protobuf:"bytes,26,opt,name=error,proto3,oneof"`
 }
 
+type Envelope_WorkFailed struct {
+	WorkFailed *WorkFailed `protobuf:"bytes,27,opt,name=work_failed,json=workFailed,proto3,oneof"`
+}
+
 func (*Envelope_Token) isEnvelope_Payload() {}
 
 func (*Envelope_MessageCompleted) isEnvelope_Payload() {}
@@ -648,6 +662,8 @@ func (*Envelope_UserInput) isEnvelope_Payload() {}
 func (*Envelope_Cancel) isEnvelope_Payload() {}
 
 func (*Envelope_Error) isEnvelope_Payload() {}
+
+func (*Envelope_WorkFailed) isEnvelope_Payload() {}
 
 // Source says who sent an envelope. It comes from the token, never from the sender's own words.
 type Source struct {
@@ -830,7 +846,9 @@ type StartRun struct {
 	// What the run is to do with. Any JSON, kept byte for byte; empty for none.
 	InputJson string `protobuf:"bytes,2,opt,name=input_json,json=inputJson,proto3" json:"input_json,omitempty"`
 	// A JSON object, kept byte for byte; empty for none.
-	MetadataJson  string `protobuf:"bytes,3,opt,name=metadata_json,json=metadataJson,proto3" json:"metadata_json,omitempty"`
+	MetadataJson string `protobuf:"bytes,3,opt,name=metadata_json,json=metadataJson,proto3" json:"metadata_json,omitempty"`
+	// How long the run may be without its agent before it is failed as orphaned, in milliseconds: 1,000 to 86,400,000. 0: as the deployment has it, 60 s by default.
+	OrphanAfterMs uint64 `protobuf:"varint,4,opt,name=orphan_after_ms,json=orphanAfterMs,proto3" json:"orphan_after_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -884,6 +902,13 @@ func (x *StartRun) GetMetadataJson() string {
 		return x.MetadataJson
 	}
 	return ""
+}
+
+func (x *StartRun) GetOrphanAfterMs() uint64 {
+	if x != nil {
+		return x.OrphanAfterMs
+	}
+	return 0
 }
 
 // RunStatus says where a run stands now.
@@ -1470,7 +1495,11 @@ type WaitingForInput struct {
 	// Where given, an answer that is a string must be one of them. At most 100, each of 1 to 1,000 bytes.
 	Options []string `protobuf:"bytes,2,rep,name=options,proto3" json:"options,omitempty"`
 	// What the person needs to decide. A JSON object, kept byte for byte; empty for none.
-	ContextJson   string `protobuf:"bytes,3,opt,name=context_json,json=contextJson,proto3" json:"context_json,omitempty"`
+	ContextJson string `protobuf:"bytes,3,opt,name=context_json,json=contextJson,proto3" json:"context_json,omitempty"`
+	// When the question is answered with default_json if nobody has answered by then. Required with default_json, and only allowed with it.
+	Deadline *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	// The answer after the deadline: any JSON that options allow, kept byte for byte.
+	DefaultJson   string `protobuf:"bytes,5,opt,name=default_json,json=defaultJson,proto3" json:"default_json,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1522,6 +1551,20 @@ func (x *WaitingForInput) GetOptions() []string {
 func (x *WaitingForInput) GetContextJson() string {
 	if x != nil {
 		return x.ContextJson
+	}
+	return ""
+}
+
+func (x *WaitingForInput) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+func (x *WaitingForInput) GetDefaultJson() string {
+	if x != nil {
+		return x.DefaultJson
 	}
 	return ""
 }
@@ -1838,6 +1881,70 @@ func (x *Error) GetCode() string {
 	return ""
 }
 
+// WorkFailed says that a group gave up on a work item of the session, the envelope that reply_to names: it is a dead letter now. Written by Tidemark itself.
+type WorkFailed struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The group. Required.
+	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	// How often the item was handed out.
+	Attempts uint64 `protobuf:"varint,2,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	// Why it was given up: what the worker said, or that nobody settled it in time. Required.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkFailed) Reset() {
+	*x = WorkFailed{}
+	mi := &file_tidemark_v1_envelope_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkFailed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkFailed) ProtoMessage() {}
+
+func (x *WorkFailed) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_envelope_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkFailed.ProtoReflect.Descriptor instead.
+func (*WorkFailed) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_envelope_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *WorkFailed) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *WorkFailed) GetAttempts() uint64 {
+	if x != nil {
+		return x.Attempts
+	}
+	return 0
+}
+
+func (x *WorkFailed) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // Custom carries what an application defines itself.
 type Custom struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1852,7 +1959,7 @@ type Custom struct {
 
 func (x *Custom) Reset() {
 	*x = Custom{}
-	mi := &file_tidemark_v1_envelope_proto_msgTypes[19]
+	mi := &file_tidemark_v1_envelope_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1864,7 +1971,7 @@ func (x *Custom) String() string {
 func (*Custom) ProtoMessage() {}
 
 func (x *Custom) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_envelope_proto_msgTypes[19]
+	mi := &file_tidemark_v1_envelope_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1877,7 +1984,7 @@ func (x *Custom) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Custom.ProtoReflect.Descriptor instead.
 func (*Custom) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_envelope_proto_rawDescGZIP(), []int{19}
+	return file_tidemark_v1_envelope_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Custom) GetType() string {
@@ -1905,7 +2012,7 @@ var File_tidemark_v1_envelope_proto protoreflect.FileDescriptor
 
 const file_tidemark_v1_envelope_proto_rawDesc = "" +
 	"\n" +
-	"\x1atidemark/v1/envelope.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xac\n" +
+	"\x1atidemark/v1/envelope.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe8\n" +
 	"\n" +
 	"\bEnvelope\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
@@ -1938,7 +2045,9 @@ const file_tidemark_v1_envelope_proto_rawDesc = "" +
 	"\n" +
 	"user_input\x18\x18 \x01(\v2\x16.tidemark.v1.UserInputH\x00R\tuserInput\x12-\n" +
 	"\x06cancel\x18\x19 \x01(\v2\x13.tidemark.v1.CancelH\x00R\x06cancel\x12*\n" +
-	"\x05error\x18\x1a \x01(\v2\x12.tidemark.v1.ErrorH\x00R\x05errorB\t\n" +
+	"\x05error\x18\x1a \x01(\v2\x12.tidemark.v1.ErrorH\x00R\x05error\x12:\n" +
+	"\vwork_failed\x18\x1b \x01(\v2\x17.tidemark.v1.WorkFailedH\x00R\n" +
+	"workFailedB\t\n" +
 	"\apayloadB\v\n" +
 	"\t_reply_toB\f\n" +
 	"\n" +
@@ -1952,12 +2061,13 @@ const file_tidemark_v1_envelope_proto_rawDesc = "" +
 	"\x03seq\x18\x03 \x01(\x04R\x03seq\"c\n" +
 	"\x0eSessionCreated\x12,\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x18.tidemark.v1.SessionKindR\x04kind\x12#\n" +
-	"\rmetadata_json\x18\x02 \x01(\tR\fmetadataJson\"e\n" +
+	"\rmetadata_json\x18\x02 \x01(\tR\fmetadataJson\"\x8d\x01\n" +
 	"\bStartRun\x12\x15\n" +
 	"\x06run_id\x18\x01 \x01(\tR\x05runId\x12\x1d\n" +
 	"\n" +
 	"input_json\x18\x02 \x01(\tR\tinputJson\x12#\n" +
-	"\rmetadata_json\x18\x03 \x01(\tR\fmetadataJson\"g\n" +
+	"\rmetadata_json\x18\x03 \x01(\tR\fmetadataJson\x12&\n" +
+	"\x0forphan_after_ms\x18\x04 \x01(\x04R\rorphanAfterMs\"g\n" +
 	"\tRunStatus\x12\x15\n" +
 	"\x06run_id\x18\x01 \x01(\tR\x05runId\x12+\n" +
 	"\x06status\x18\x02 \x01(\x0e2\x13.tidemark.v1.StatusR\x06status\x12\x16\n" +
@@ -2000,11 +2110,13 @@ const file_tidemark_v1_envelope_proto_rawDesc = "" +
 	"\acall_id\x18\x01 \x01(\tR\x06callId\x12\x1f\n" +
 	"\vresult_json\x18\x02 \x01(\tR\n" +
 	"resultJson\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"f\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"\xc1\x01\n" +
 	"\x0fWaitingForInput\x12\x16\n" +
 	"\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x18\n" +
 	"\aoptions\x18\x02 \x03(\tR\aoptions\x12!\n" +
-	"\fcontext_json\x18\x03 \x01(\tR\vcontextJson\"U\n" +
+	"\fcontext_json\x18\x03 \x01(\tR\vcontextJson\x126\n" +
+	"\bdeadline\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12!\n" +
+	"\fdefault_json\x18\x05 \x01(\tR\vdefaultJson\"U\n" +
 	"\tUserInput\x12#\n" +
 	"\rresponse_json\x18\x01 \x01(\tR\fresponseJson\x12#\n" +
 	"\rmetadata_json\x18\x02 \x01(\tR\fmetadataJson\"\x93\x01\n" +
@@ -2026,7 +2138,12 @@ const file_tidemark_v1_envelope_proto_rawDesc = "" +
 	"\adetails\x18\x02 \x01(\tR\adetails\x12%\n" +
 	"\vrecoverable\x18\x03 \x01(\bH\x00R\vrecoverable\x88\x01\x01\x12\x12\n" +
 	"\x04code\x18\x04 \x01(\tR\x04codeB\x0e\n" +
-	"\f_recoverable\"S\n" +
+	"\f_recoverable\"V\n" +
+	"\n" +
+	"WorkFailed\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12\x1a\n" +
+	"\battempts\x18\x02 \x01(\x04R\battempts\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"S\n" +
 	"\x06Custom\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12!\n" +
 	"\fcontent_type\x18\x02 \x01(\tR\vcontentType\x12\x12\n" +
@@ -2071,7 +2188,7 @@ func file_tidemark_v1_envelope_proto_rawDescGZIP() []byte {
 }
 
 var file_tidemark_v1_envelope_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_tidemark_v1_envelope_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_tidemark_v1_envelope_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_tidemark_v1_envelope_proto_goTypes = []any{
 	(Role)(0),                     // 0: tidemark.v1.Role
 	(SessionKind)(0),              // 1: tidemark.v1.SessionKind
@@ -2096,11 +2213,12 @@ var file_tidemark_v1_envelope_proto_goTypes = []any{
 	(*WorkflowProgress)(nil),      // 20: tidemark.v1.WorkflowProgress
 	(*Cancel)(nil),                // 21: tidemark.v1.Cancel
 	(*Error)(nil),                 // 22: tidemark.v1.Error
-	(*Custom)(nil),                // 23: tidemark.v1.Custom
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
+	(*WorkFailed)(nil),            // 23: tidemark.v1.WorkFailed
+	(*Custom)(nil),                // 24: tidemark.v1.Custom
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
 }
 var file_tidemark_v1_envelope_proto_depIdxs = []int32{
-	24, // 0: tidemark.v1.Envelope.time:type_name -> google.protobuf.Timestamp
+	25, // 0: tidemark.v1.Envelope.time:type_name -> google.protobuf.Timestamp
 	5,  // 1: tidemark.v1.Envelope.source:type_name -> tidemark.v1.Source
 	6,  // 2: tidemark.v1.Envelope.producer:type_name -> tidemark.v1.Producer
 	12, // 3: tidemark.v1.Envelope.token:type_name -> tidemark.v1.Token
@@ -2108,7 +2226,7 @@ var file_tidemark_v1_envelope_proto_depIdxs = []int32{
 	16, // 5: tidemark.v1.Envelope.tool_call:type_name -> tidemark.v1.ToolCall
 	17, // 6: tidemark.v1.Envelope.tool_result:type_name -> tidemark.v1.ToolResult
 	20, // 7: tidemark.v1.Envelope.workflow_progress:type_name -> tidemark.v1.WorkflowProgress
-	23, // 8: tidemark.v1.Envelope.custom:type_name -> tidemark.v1.Custom
+	24, // 8: tidemark.v1.Envelope.custom:type_name -> tidemark.v1.Custom
 	7,  // 9: tidemark.v1.Envelope.session_created:type_name -> tidemark.v1.SessionCreated
 	8,  // 10: tidemark.v1.Envelope.start_run:type_name -> tidemark.v1.StartRun
 	9,  // 11: tidemark.v1.Envelope.run_status:type_name -> tidemark.v1.RunStatus
@@ -2120,15 +2238,17 @@ var file_tidemark_v1_envelope_proto_depIdxs = []int32{
 	19, // 17: tidemark.v1.Envelope.user_input:type_name -> tidemark.v1.UserInput
 	21, // 18: tidemark.v1.Envelope.cancel:type_name -> tidemark.v1.Cancel
 	22, // 19: tidemark.v1.Envelope.error:type_name -> tidemark.v1.Error
-	0,  // 20: tidemark.v1.Source.role:type_name -> tidemark.v1.Role
-	1,  // 21: tidemark.v1.SessionCreated.kind:type_name -> tidemark.v1.SessionKind
-	2,  // 22: tidemark.v1.RunStatus.status:type_name -> tidemark.v1.Status
-	3,  // 23: tidemark.v1.Token.channel:type_name -> tidemark.v1.Channel
-	24, // [24:24] is the sub-list for method output_type
-	24, // [24:24] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	23, // 20: tidemark.v1.Envelope.work_failed:type_name -> tidemark.v1.WorkFailed
+	0,  // 21: tidemark.v1.Source.role:type_name -> tidemark.v1.Role
+	1,  // 22: tidemark.v1.SessionCreated.kind:type_name -> tidemark.v1.SessionKind
+	2,  // 23: tidemark.v1.RunStatus.status:type_name -> tidemark.v1.Status
+	3,  // 24: tidemark.v1.Token.channel:type_name -> tidemark.v1.Channel
+	25, // 25: tidemark.v1.WaitingForInput.deadline:type_name -> google.protobuf.Timestamp
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_envelope_proto_init() }
@@ -2154,6 +2274,7 @@ func file_tidemark_v1_envelope_proto_init() {
 		(*Envelope_UserInput)(nil),
 		(*Envelope_Cancel)(nil),
 		(*Envelope_Error)(nil),
+		(*Envelope_WorkFailed)(nil),
 	}
 	file_tidemark_v1_envelope_proto_msgTypes[16].OneofWrappers = []any{}
 	file_tidemark_v1_envelope_proto_msgTypes[17].OneofWrappers = []any{
@@ -2168,7 +2289,7 @@ func file_tidemark_v1_envelope_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tidemark_v1_envelope_proto_rawDesc), len(file_tidemark_v1_envelope_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   20,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -75,7 +75,11 @@ func (p *pass) payload(e *Envelope) {
 		p.text("run_id", &m.RunId, required|ident)
 		p.free("input", &m.InputJson, 0)
 		p.free("metadata", &m.MetadataJson, object)
+		p.whole("orphan_after_ms", &m.OrphanAfterMs)
 		p.unknown(&m.unknownFields, m)
+		if v := m.OrphanAfterMs; p.op == opCheck && v != 0 && (v < MinOrphanAfterMs || v > MaxOrphanAfterMs) {
+			p.refuse("The field 'orphan_after_ms' is %d; %d to %d milliseconds are allowed.", v, MinOrphanAfterMs, MaxOrphanAfterMs)
+		}
 	case *Envelope_RunStatus:
 		m := orEmpty(x.RunStatus)
 		p.text("run_id", &m.RunId, ident)
@@ -107,9 +111,12 @@ func (p *pass) payload(e *Envelope) {
 		p.text("prompt", &m.Prompt, required)
 		p.texts("options", &m.Options)
 		p.free("context", &m.ContextJson, object)
+		p.moment("deadline", &m.Deadline)
+		p.free("default", &m.DefaultJson, 0)
 		p.unknown(&m.unknownFields, m)
 		if p.op == opCheck {
 			p.promptOptions(m.Options)
+			p.promptDefault(m)
 		}
 	case *Envelope_UserInput:
 		m := orEmpty(x.UserInput)
@@ -128,6 +135,12 @@ func (p *pass) payload(e *Envelope) {
 		p.maybeFlag("recoverable", &m.Recoverable, required)
 		p.text("code", &m.Code, 0)
 		p.unknown(&m.unknownFields, m)
+	case *Envelope_WorkFailed:
+		m := orEmpty(x.WorkFailed)
+		p.text("group", &m.Group, required|ident)
+		p.whole("attempts", &m.Attempts)
+		p.text("reason", &m.Reason, required)
+		p.unknown(&m.unknownFields, m)
 	}
 }
 
@@ -141,6 +154,18 @@ func (p *pass) promptOptions(options []string) {
 			p.refuse("The field 'options' has an answer of %d bytes; each must have 1 to %d.", len(o), MaxPromptOptionBytes)
 			return
 		}
+	}
+}
+
+// promptDefault checks the answer that a question gets by itself.
+func (p *pass) promptDefault(m *WaitingForInput) {
+	switch {
+	case (m.Deadline == nil) != (m.DefaultJson == ""):
+		p.refuse("The fields 'deadline' and 'default' stand together or not at all: at the deadline the question is answered with the default.")
+	case len(m.DefaultJson) > MaxPromptDefaultBytes:
+		p.refuse("The field 'default' has %d bytes; at most %d are allowed.", len(m.DefaultJson), MaxPromptDefaultBytes)
+	case m.DefaultJson != "" && !Allows(m.Options, m.DefaultJson):
+		p.refuse("The field 'default' is none of the answers in 'options'.")
 	}
 }
 
@@ -210,6 +235,8 @@ func newPayload(k Kind) isEnvelope_Payload {
 		return &Envelope_Cancel{Cancel: new(Cancel)}
 	case KindError:
 		return &Envelope_Error{Error: new(Error)}
+	case KindWorkFailed:
+		return &Envelope_WorkFailed{WorkFailed: new(WorkFailed)}
 	}
 	return nil
 }

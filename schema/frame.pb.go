@@ -362,7 +362,20 @@ type SessionState struct {
 	// The answers that the open question allows; empty where any is.
 	PromptOptions []string `protobuf:"bytes,13,rep,name=prompt_options,json=promptOptions,proto3" json:"prompt_options,omitempty"`
 	// When the last frame was stored that holds a WorkflowProgress.
-	Progressed    *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=progressed,proto3" json:"progressed,omitempty"`
+	Progressed *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=progressed,proto3" json:"progressed,omitempty"`
+	// When the open question is answered with prompt_default_json; unset where never.
+	PromptDeadline    *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=prompt_deadline,json=promptDeadline,proto3" json:"prompt_deadline,omitempty"`
+	PromptDefaultJson string                 `protobuf:"bytes,16,opt,name=prompt_default_json,json=promptDefaultJson,proto3" json:"prompt_default_json,omitempty"`
+	// How long the run under way may be without its agent, in milliseconds; 0: as the deployment has it.
+	OrphanAfterMs uint64 `protobuf:"varint,17,opt,name=orphan_after_ms,json=orphanAfterMs,proto3" json:"orphan_after_ms,omitempty"`
+	// An agent or a worker has had to do with the run under way.
+	RunAttended bool `protobuf:"varint,18,opt,name=run_attended,json=runAttended,proto3" json:"run_attended,omitempty"`
+	// The request_id of the start_run of the run under way; empty where it had none.
+	RunRequestId string `protobuf:"bytes,19,opt,name=run_request_id,json=runRequestId,proto3" json:"run_request_id,omitempty"`
+	// What was cancelled last, oldest first.
+	Cancelled []*CancelledTarget `protobuf:"bytes,20,rep,name=cancelled,proto3" json:"cancelled,omitempty"`
+	// The tool calls that were answered last, oldest first: hashes of request_id and call_id.
+	AnsweredCalls []uint64 `protobuf:"fixed64,21,rep,packed,name=answered_calls,json=answeredCalls,proto3" json:"answered_calls,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -495,6 +508,406 @@ func (x *SessionState) GetProgressed() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *SessionState) GetPromptDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PromptDeadline
+	}
+	return nil
+}
+
+func (x *SessionState) GetPromptDefaultJson() string {
+	if x != nil {
+		return x.PromptDefaultJson
+	}
+	return ""
+}
+
+func (x *SessionState) GetOrphanAfterMs() uint64 {
+	if x != nil {
+		return x.OrphanAfterMs
+	}
+	return 0
+}
+
+func (x *SessionState) GetRunAttended() bool {
+	if x != nil {
+		return x.RunAttended
+	}
+	return false
+}
+
+func (x *SessionState) GetRunRequestId() string {
+	if x != nil {
+		return x.RunRequestId
+	}
+	return ""
+}
+
+func (x *SessionState) GetCancelled() []*CancelledTarget {
+	if x != nil {
+		return x.Cancelled
+	}
+	return nil
+}
+
+func (x *SessionState) GetAnsweredCalls() []uint64 {
+	if x != nil {
+		return x.AnsweredCalls
+	}
+	return nil
+}
+
+// CancelledTarget is a run or a request that was cancelled.
+type CancelledTarget struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	RequestId     string                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RunId         string                 `protobuf:"bytes,2,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelledTarget) Reset() {
+	*x = CancelledTarget{}
+	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelledTarget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelledTarget) ProtoMessage() {}
+
+func (x *CancelledTarget) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelledTarget.ProtoReflect.Descriptor instead.
+func (*CancelledTarget) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CancelledTarget) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *CancelledTarget) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+// WorkItem is a message of the stream WORK: an envelope that makes work.
+type WorkItem struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Tenant  string                 `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	Session string                 `protobuf:"bytes,2,opt,name=session,proto3" json:"session,omitempty"`
+	Epoch   string                 `protobuf:"bytes,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Seq     uint64                 `protobuf:"varint,4,opt,name=seq,proto3" json:"seq,omitempty"`
+	// The stream sequence, in the log, of the frame that holds the envelope. Of two items of one session and kind the one with the larger number, and with the larger seq in one frame, is the newer.
+	Through uint64 `protobuf:"varint,5,opt,name=through,proto3" json:"through,omitempty"`
+	// When the frame was stored.
+	Stored *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=stored,proto3" json:"stored,omitempty"`
+	// What it belongs to had been cancelled before.
+	Cancelled bool `protobuf:"varint,7,opt,name=cancelled,proto3" json:"cancelled,omitempty"`
+	// Where the session's last items before this one stand in WORK, one for each kind.
+	Before []*WorkBefore `protobuf:"bytes,8,rep,name=before,proto3" json:"before,omitempty"`
+	// Set where it was redriven: the stream sequence in DEAD of the dead letter, and the first item's in WORK.
+	RedrivenLetter uint64 `protobuf:"varint,9,opt,name=redriven_letter,json=redrivenLetter,proto3" json:"redriven_letter,omitempty"`
+	RedrivenItem   uint64 `protobuf:"varint,10,opt,name=redriven_item,json=redrivenItem,proto3" json:"redriven_item,omitempty"`
+	// The log stream of `through`, by its number.
+	Stream        uint32    `protobuf:"varint,11,opt,name=stream,proto3" json:"stream,omitempty"`
+	Envelope      *Envelope `protobuf:"bytes,15,opt,name=envelope,proto3" json:"envelope,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkItem) Reset() {
+	*x = WorkItem{}
+	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkItem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkItem) ProtoMessage() {}
+
+func (x *WorkItem) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkItem.ProtoReflect.Descriptor instead.
+func (*WorkItem) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *WorkItem) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *WorkItem) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *WorkItem) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *WorkItem) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *WorkItem) GetThrough() uint64 {
+	if x != nil {
+		return x.Through
+	}
+	return 0
+}
+
+func (x *WorkItem) GetStored() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Stored
+	}
+	return nil
+}
+
+func (x *WorkItem) GetCancelled() bool {
+	if x != nil {
+		return x.Cancelled
+	}
+	return false
+}
+
+func (x *WorkItem) GetBefore() []*WorkBefore {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+func (x *WorkItem) GetRedrivenLetter() uint64 {
+	if x != nil {
+		return x.RedrivenLetter
+	}
+	return 0
+}
+
+func (x *WorkItem) GetRedrivenItem() uint64 {
+	if x != nil {
+		return x.RedrivenItem
+	}
+	return 0
+}
+
+func (x *WorkItem) GetStream() uint32 {
+	if x != nil {
+		return x.Stream
+	}
+	return 0
+}
+
+func (x *WorkItem) GetEnvelope() *Envelope {
+	if x != nil {
+		return x.Envelope
+	}
+	return nil
+}
+
+// WorkBefore is where the session's last item of a kind stands.
+type WorkBefore struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The number of the payload's field in Envelope.
+	Kind uint32 `protobuf:"varint,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Its stream sequence in WORK.
+	WorkSeq       uint64 `protobuf:"varint,2,opt,name=work_seq,json=workSeq,proto3" json:"work_seq,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkBefore) Reset() {
+	*x = WorkBefore{}
+	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkBefore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkBefore) ProtoMessage() {}
+
+func (x *WorkBefore) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkBefore.ProtoReflect.Descriptor instead.
+func (*WorkBefore) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *WorkBefore) GetKind() uint32 {
+	if x != nil {
+		return x.Kind
+	}
+	return 0
+}
+
+func (x *WorkBefore) GetWorkSeq() uint64 {
+	if x != nil {
+		return x.WorkSeq
+	}
+	return 0
+}
+
+// DeadRecord is a message of the stream DEAD: an item that a group gave up on.
+type DeadRecord struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Group string                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	Item  *WorkItem              `protobuf:"bytes,2,opt,name=item,proto3" json:"item,omitempty"`
+	// The stream sequence in WORK of the item that was given up. Of two records the one with the larger number is the newer.
+	WorkSeq  uint64                 `protobuf:"varint,3,opt,name=work_seq,json=workSeq,proto3" json:"work_seq,omitempty"`
+	Attempts uint32                 `protobuf:"varint,4,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	Reason   string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	Time     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=time,proto3" json:"time,omitempty"`
+	// The session's head before work_failed was appended; unset where it was appended.
+	Telling *uint64 `protobuf:"varint,7,opt,name=telling,proto3,oneof" json:"telling,omitempty"`
+	// When it was redriven.
+	Redriven      *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=redriven,proto3" json:"redriven,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeadRecord) Reset() {
+	*x = DeadRecord{}
+	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeadRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeadRecord) ProtoMessage() {}
+
+func (x *DeadRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeadRecord.ProtoReflect.Descriptor instead.
+func (*DeadRecord) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *DeadRecord) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *DeadRecord) GetItem() *WorkItem {
+	if x != nil {
+		return x.Item
+	}
+	return nil
+}
+
+func (x *DeadRecord) GetWorkSeq() uint64 {
+	if x != nil {
+		return x.WorkSeq
+	}
+	return 0
+}
+
+func (x *DeadRecord) GetAttempts() uint32 {
+	if x != nil {
+		return x.Attempts
+	}
+	return 0
+}
+
+func (x *DeadRecord) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DeadRecord) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *DeadRecord) GetTelling() uint64 {
+	if x != nil && x.Telling != nil {
+		return *x.Telling
+	}
+	return 0
+}
+
+func (x *DeadRecord) GetRedriven() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Redriven
+	}
+	return nil
+}
+
 // ProducerState is how far a producer has come in a session. A producer is its sender's: two senders' producers of one id have nothing to do with each other.
 type ProducerState struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -512,7 +925,7 @@ type ProducerState struct {
 
 func (x *ProducerState) Reset() {
 	*x = ProducerState{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -524,7 +937,7 @@ func (x *ProducerState) String() string {
 func (*ProducerState) ProtoMessage() {}
 
 func (x *ProducerState) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -537,7 +950,7 @@ func (x *ProducerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProducerState.ProtoReflect.Descriptor instead.
 func (*ProducerState) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{3}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ProducerState) GetId() string {
@@ -587,7 +1000,7 @@ type ProducerRun struct {
 
 func (x *ProducerRun) Reset() {
 	*x = ProducerRun{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -599,7 +1012,7 @@ func (x *ProducerRun) String() string {
 func (*ProducerRun) ProtoMessage() {}
 
 func (x *ProducerRun) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -612,7 +1025,7 @@ func (x *ProducerRun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProducerRun.ProtoReflect.Descriptor instead.
 func (*ProducerRun) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{4}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ProducerRun) GetProducerSeq() uint64 {
@@ -657,7 +1070,7 @@ type SessionRecord struct {
 
 func (x *SessionRecord) Reset() {
 	*x = SessionRecord{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -669,7 +1082,7 @@ func (x *SessionRecord) String() string {
 func (*SessionRecord) ProtoMessage() {}
 
 func (x *SessionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -682,7 +1095,7 @@ func (x *SessionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionRecord.ProtoReflect.Descriptor instead.
 func (*SessionRecord) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{5}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SessionRecord) GetTenant() string {
@@ -768,7 +1181,7 @@ type Projection struct {
 
 func (x *Projection) Reset() {
 	*x = Projection{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -780,7 +1193,7 @@ func (x *Projection) String() string {
 func (*Projection) ProtoMessage() {}
 
 func (x *Projection) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -793,7 +1206,7 @@ func (x *Projection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Projection.ProtoReflect.Descriptor instead.
 func (*Projection) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{6}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Projection) GetHolder() string {
@@ -826,7 +1239,7 @@ type HandOver struct {
 
 func (x *HandOver) Reset() {
 	*x = HandOver{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -838,7 +1251,7 @@ func (x *HandOver) String() string {
 func (*HandOver) ProtoMessage() {}
 
 func (x *HandOver) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -851,7 +1264,7 @@ func (x *HandOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
 func (*HandOver) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{7}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *HandOver) GetTenant() string {
@@ -902,7 +1315,7 @@ type HandOverRequest struct {
 
 func (x *HandOverRequest) Reset() {
 	*x = HandOverRequest{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -914,7 +1327,7 @@ func (x *HandOverRequest) String() string {
 func (*HandOverRequest) ProtoMessage() {}
 
 func (x *HandOverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -927,7 +1340,7 @@ func (x *HandOverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverRequest.ProtoReflect.Descriptor instead.
 func (*HandOverRequest) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{8}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *HandOverRequest) GetExpectedSeq() uint64 {
@@ -963,7 +1376,7 @@ type HandOverReply struct {
 
 func (x *HandOverReply) Reset() {
 	*x = HandOverReply{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -975,7 +1388,7 @@ func (x *HandOverReply) String() string {
 func (*HandOverReply) ProtoMessage() {}
 
 func (x *HandOverReply) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -988,7 +1401,7 @@ func (x *HandOverReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverReply.ProtoReflect.Descriptor instead.
 func (*HandOverReply) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{9}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *HandOverReply) GetResults() []*HandOverResult {
@@ -1023,7 +1436,7 @@ type HandOverResult struct {
 
 func (x *HandOverResult) Reset() {
 	*x = HandOverResult{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1448,7 @@ func (x *HandOverResult) String() string {
 func (*HandOverResult) ProtoMessage() {}
 
 func (x *HandOverResult) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1461,7 @@ func (x *HandOverResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverResult.ProtoReflect.Descriptor instead.
 func (*HandOverResult) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{10}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HandOverResult) GetEpoch() string {
@@ -1135,7 +1548,7 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\braw_size\x18\t \x01(\rR\arawSize\x12\x18\n" +
 	"\adeleted\x18\n" +
 	" \x01(\bR\adeleted\x12\x16\n" +
-	"\x06frames\x18\v \x03(\x12R\x06frames\"\xce\x04\n" +
+	"\x06frames\x18\v \x03(\x12R\x06frames\"\x97\a\n" +
 	"\fSessionState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x19\n" +
 	"\bhead_seq\x18\x02 \x01(\x04R\aheadSeq\x12\x1d\n" +
@@ -1155,7 +1568,48 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\x0eprompt_options\x18\r \x03(\tR\rpromptOptions\x12:\n" +
 	"\n" +
 	"progressed\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"progressed\"\x94\x01\n" +
+	"progressed\x12C\n" +
+	"\x0fprompt_deadline\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\x0epromptDeadline\x12.\n" +
+	"\x13prompt_default_json\x18\x10 \x01(\tR\x11promptDefaultJson\x12&\n" +
+	"\x0forphan_after_ms\x18\x11 \x01(\x04R\rorphanAfterMs\x12!\n" +
+	"\frun_attended\x18\x12 \x01(\bR\vrunAttended\x12$\n" +
+	"\x0erun_request_id\x18\x13 \x01(\tR\frunRequestId\x12:\n" +
+	"\tcancelled\x18\x14 \x03(\v2\x1c.tidemark.v1.CancelledTargetR\tcancelled\x12%\n" +
+	"\x0eanswered_calls\x18\x15 \x03(\x06R\ransweredCalls\"G\n" +
+	"\x0fCancelledTarget\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x15\n" +
+	"\x06run_id\x18\x02 \x01(\tR\x05runId\"\x9a\x03\n" +
+	"\bWorkItem\x12\x16\n" +
+	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x18\n" +
+	"\asession\x18\x02 \x01(\tR\asession\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\tR\x05epoch\x12\x10\n" +
+	"\x03seq\x18\x04 \x01(\x04R\x03seq\x12\x18\n" +
+	"\athrough\x18\x05 \x01(\x04R\athrough\x122\n" +
+	"\x06stored\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x06stored\x12\x1c\n" +
+	"\tcancelled\x18\a \x01(\bR\tcancelled\x12/\n" +
+	"\x06before\x18\b \x03(\v2\x17.tidemark.v1.WorkBeforeR\x06before\x12'\n" +
+	"\x0fredriven_letter\x18\t \x01(\x04R\x0eredrivenLetter\x12#\n" +
+	"\rredriven_item\x18\n" +
+	" \x01(\x04R\fredrivenItem\x12\x16\n" +
+	"\x06stream\x18\v \x01(\rR\x06stream\x121\n" +
+	"\benvelope\x18\x0f \x01(\v2\x15.tidemark.v1.EnvelopeR\benvelope\";\n" +
+	"\n" +
+	"WorkBefore\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\rR\x04kind\x12\x19\n" +
+	"\bwork_seq\x18\x02 \x01(\x04R\aworkSeq\"\xaf\x02\n" +
+	"\n" +
+	"DeadRecord\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12)\n" +
+	"\x04item\x18\x02 \x01(\v2\x15.tidemark.v1.WorkItemR\x04item\x12\x19\n" +
+	"\bwork_seq\x18\x03 \x01(\x04R\aworkSeq\x12\x1a\n" +
+	"\battempts\x18\x04 \x01(\rR\battempts\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12.\n" +
+	"\x04time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1d\n" +
+	"\atelling\x18\a \x01(\x04H\x00R\atelling\x88\x01\x01\x126\n" +
+	"\bredriven\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\bredrivenB\n" +
+	"\n" +
+	"\b_telling\"\x94\x01\n" +
 	"\rProducerState\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x19\n" +
@@ -1224,53 +1678,65 @@ func file_tidemark_v1_frame_proto_rawDescGZIP() []byte {
 }
 
 var file_tidemark_v1_frame_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_tidemark_v1_frame_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_tidemark_v1_frame_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_tidemark_v1_frame_proto_goTypes = []any{
 	(Compression)(0),              // 0: tidemark.v1.Compression
 	(*Frame)(nil),                 // 1: tidemark.v1.Frame
 	(*Page)(nil),                  // 2: tidemark.v1.Page
 	(*SessionState)(nil),          // 3: tidemark.v1.SessionState
-	(*ProducerState)(nil),         // 4: tidemark.v1.ProducerState
-	(*ProducerRun)(nil),           // 5: tidemark.v1.ProducerRun
-	(*SessionRecord)(nil),         // 6: tidemark.v1.SessionRecord
-	(*Projection)(nil),            // 7: tidemark.v1.Projection
-	(*HandOver)(nil),              // 8: tidemark.v1.HandOver
-	(*HandOverRequest)(nil),       // 9: tidemark.v1.HandOverRequest
-	(*HandOverReply)(nil),         // 10: tidemark.v1.HandOverReply
-	(*HandOverResult)(nil),        // 11: tidemark.v1.HandOverResult
-	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
-	(SessionKind)(0),              // 13: tidemark.v1.SessionKind
-	(*Envelope)(nil),              // 14: tidemark.v1.Envelope
-	(Status)(0),                   // 15: tidemark.v1.Status
-	(Code)(0),                     // 16: tidemark.v1.Code
+	(*CancelledTarget)(nil),       // 4: tidemark.v1.CancelledTarget
+	(*WorkItem)(nil),              // 5: tidemark.v1.WorkItem
+	(*WorkBefore)(nil),            // 6: tidemark.v1.WorkBefore
+	(*DeadRecord)(nil),            // 7: tidemark.v1.DeadRecord
+	(*ProducerState)(nil),         // 8: tidemark.v1.ProducerState
+	(*ProducerRun)(nil),           // 9: tidemark.v1.ProducerRun
+	(*SessionRecord)(nil),         // 10: tidemark.v1.SessionRecord
+	(*Projection)(nil),            // 11: tidemark.v1.Projection
+	(*HandOver)(nil),              // 12: tidemark.v1.HandOver
+	(*HandOverRequest)(nil),       // 13: tidemark.v1.HandOverRequest
+	(*HandOverReply)(nil),         // 14: tidemark.v1.HandOverReply
+	(*HandOverResult)(nil),        // 15: tidemark.v1.HandOverResult
+	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
+	(SessionKind)(0),              // 17: tidemark.v1.SessionKind
+	(*Envelope)(nil),              // 18: tidemark.v1.Envelope
+	(Status)(0),                   // 19: tidemark.v1.Status
+	(Code)(0),                     // 20: tidemark.v1.Code
 }
 var file_tidemark_v1_frame_proto_depIdxs = []int32{
-	12, // 0: tidemark.v1.Frame.time:type_name -> google.protobuf.Timestamp
-	13, // 1: tidemark.v1.Frame.kind:type_name -> tidemark.v1.SessionKind
-	14, // 2: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
+	16, // 0: tidemark.v1.Frame.time:type_name -> google.protobuf.Timestamp
+	17, // 1: tidemark.v1.Frame.kind:type_name -> tidemark.v1.SessionKind
+	18, // 2: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
 	3,  // 3: tidemark.v1.Page.state:type_name -> tidemark.v1.SessionState
 	0,  // 4: tidemark.v1.Page.compression:type_name -> tidemark.v1.Compression
-	13, // 5: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
-	15, // 6: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
-	4,  // 7: tidemark.v1.SessionState.producers:type_name -> tidemark.v1.ProducerState
-	12, // 8: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
-	12, // 9: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
-	12, // 10: tidemark.v1.SessionState.progressed:type_name -> google.protobuf.Timestamp
-	5,  // 11: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
-	13, // 12: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
-	15, // 13: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
-	12, // 14: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
-	12, // 15: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
-	9,  // 16: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
-	13, // 17: tidemark.v1.HandOverRequest.kind:type_name -> tidemark.v1.SessionKind
-	14, // 18: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
-	11, // 19: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
-	16, // 20: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
-	21, // [21:21] is the sub-list for method output_type
-	21, // [21:21] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	17, // 5: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
+	19, // 6: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
+	8,  // 7: tidemark.v1.SessionState.producers:type_name -> tidemark.v1.ProducerState
+	16, // 8: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
+	16, // 9: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
+	16, // 10: tidemark.v1.SessionState.progressed:type_name -> google.protobuf.Timestamp
+	16, // 11: tidemark.v1.SessionState.prompt_deadline:type_name -> google.protobuf.Timestamp
+	4,  // 12: tidemark.v1.SessionState.cancelled:type_name -> tidemark.v1.CancelledTarget
+	16, // 13: tidemark.v1.WorkItem.stored:type_name -> google.protobuf.Timestamp
+	6,  // 14: tidemark.v1.WorkItem.before:type_name -> tidemark.v1.WorkBefore
+	18, // 15: tidemark.v1.WorkItem.envelope:type_name -> tidemark.v1.Envelope
+	5,  // 16: tidemark.v1.DeadRecord.item:type_name -> tidemark.v1.WorkItem
+	16, // 17: tidemark.v1.DeadRecord.time:type_name -> google.protobuf.Timestamp
+	16, // 18: tidemark.v1.DeadRecord.redriven:type_name -> google.protobuf.Timestamp
+	9,  // 19: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
+	17, // 20: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
+	19, // 21: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
+	16, // 22: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
+	16, // 23: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
+	13, // 24: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
+	17, // 25: tidemark.v1.HandOverRequest.kind:type_name -> tidemark.v1.SessionKind
+	18, // 26: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
+	15, // 27: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
+	20, // 28: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
+	29, // [29:29] is the sub-list for method output_type
+	29, // [29:29] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_frame_proto_init() }
@@ -1280,14 +1746,15 @@ func file_tidemark_v1_frame_proto_init() {
 	}
 	file_tidemark_v1_envelope_proto_init()
 	file_tidemark_v1_wire_proto_init()
-	file_tidemark_v1_frame_proto_msgTypes[8].OneofWrappers = []any{}
+	file_tidemark_v1_frame_proto_msgTypes[6].OneofWrappers = []any{}
+	file_tidemark_v1_frame_proto_msgTypes[12].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tidemark_v1_frame_proto_rawDesc), len(file_tidemark_v1_frame_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   11,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -95,7 +95,7 @@ func fullValue(md protoreflect.MessageDescriptor, f protoreflect.FieldDescriptor
 		return protoreflect.ValueOfBytes([]byte{0, 0xff, byte(n)})
 	case protoreflect.BoolKind:
 		return protoreflect.ValueOfBool(true)
-	case protoreflect.Uint64Kind:
+	case protoreflect.Uint64Kind, protoreflect.Fixed64Kind:
 		return protoreflect.ValueOfUint64(1<<60 + n)
 	case protoreflect.Int64Kind, protoreflect.Sint64Kind:
 		if md.FullName() == "google.protobuf.Timestamp" {

@@ -30,6 +30,7 @@ var requiredFields = map[Kind][]string{
 	KindUserInput:        {"response"},
 	KindCancel:           {},
 	KindError:            {"error", "recoverable"},
+	KindWorkFailed:       {"group", "reason"},
 }
 
 // randomEnvelope makes valid envelopes of every kind, with and without what may be absent, unknown fields among it.

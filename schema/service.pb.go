@@ -24,6 +24,58 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// WorkItemState is where an item stands in a group.
+type WorkItemState int32
+
+const (
+	WorkItemState_WORK_ITEM_STATE_UNSPECIFIED WorkItemState = 0
+	// Not handed out yet.
+	WorkItemState_WORK_ITEM_STATE_WAITING WorkItemState = 1
+	// Handed out; it may be settled already, where others before it are not.
+	WorkItemState_WORK_ITEM_STATE_HANDED_OUT WorkItemState = 2
+)
+
+// Enum value maps for WorkItemState.
+var (
+	WorkItemState_name = map[int32]string{
+		0: "WORK_ITEM_STATE_UNSPECIFIED",
+		1: "WORK_ITEM_STATE_WAITING",
+		2: "WORK_ITEM_STATE_HANDED_OUT",
+	}
+	WorkItemState_value = map[string]int32{
+		"WORK_ITEM_STATE_UNSPECIFIED": 0,
+		"WORK_ITEM_STATE_WAITING":     1,
+		"WORK_ITEM_STATE_HANDED_OUT":  2,
+	}
+)
+
+func (x WorkItemState) Enum() *WorkItemState {
+	p := new(WorkItemState)
+	*p = x
+	return p
+}
+
+func (x WorkItemState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (WorkItemState) Descriptor() protoreflect.EnumDescriptor {
+	return file_tidemark_v1_service_proto_enumTypes[0].Descriptor()
+}
+
+func (WorkItemState) Type() protoreflect.EnumType {
+	return &file_tidemark_v1_service_proto_enumTypes[0]
+}
+
+func (x WorkItemState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use WorkItemState.Descriptor instead.
+func (WorkItemState) EnumDescriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{0}
+}
+
 // Session is where a session stands.
 type Session struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -691,6 +743,1289 @@ func (x *AppendResponse) GetReplaced() bool {
 	return false
 }
 
+// KeepRunRequest names a run.
+type KeepRunRequest struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Session string                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
+	// Empty: the session's only run.
+	RunId         string `protobuf:"bytes,2,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepRunRequest) Reset() {
+	*x = KeepRunRequest{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepRunRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepRunRequest) ProtoMessage() {}
+
+func (x *KeepRunRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepRunRequest.ProtoReflect.Descriptor instead.
+func (*KeepRunRequest) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *KeepRunRequest) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *KeepRunRequest) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+// KeepRunResponse says that it was heard.
+type KeepRunResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepRunResponse) Reset() {
+	*x = KeepRunResponse{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepRunResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepRunResponse) ProtoMessage() {}
+
+func (x *KeepRunResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepRunResponse.ProtoReflect.Descriptor instead.
+func (*KeepRunResponse) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{12}
+}
+
+// ListWorkGroupsRequest asks for all groups of the tenant.
+type ListWorkGroupsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListWorkGroupsRequest) Reset() {
+	*x = ListWorkGroupsRequest{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListWorkGroupsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListWorkGroupsRequest) ProtoMessage() {}
+
+func (x *ListWorkGroupsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListWorkGroupsRequest.ProtoReflect.Descriptor instead.
+func (*ListWorkGroupsRequest) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{13}
+}
+
+// ListWorkGroupsResponse has them, in the order of their names.
+type ListWorkGroupsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Groups        []*WorkGroup           `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListWorkGroupsResponse) Reset() {
+	*x = ListWorkGroupsResponse{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListWorkGroupsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListWorkGroupsResponse) ProtoMessage() {}
+
+func (x *ListWorkGroupsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListWorkGroupsResponse.ProtoReflect.Descriptor instead.
+func (*ListWorkGroupsResponse) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ListWorkGroupsResponse) GetGroups() []*WorkGroup {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+// ListWorkRequest asks for items.
+type ListWorkRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only what this group has not settled; all that is kept where empty.
+	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	// At most 1,000; 100 where 0.
+	PageSize uint32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// From the last answer; empty for the first page.
+	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Only of this session.
+	Session       string `protobuf:"bytes,4,opt,name=session,proto3" json:"session,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListWorkRequest) Reset() {
+	*x = ListWorkRequest{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListWorkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListWorkRequest) ProtoMessage() {}
+
+func (x *ListWorkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListWorkRequest.ProtoReflect.Descriptor instead.
+func (*ListWorkRequest) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ListWorkRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *ListWorkRequest) GetPageSize() uint32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListWorkRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *ListWorkRequest) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+// ListedWork is an item of a listing.
+type ListedWork struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Session string                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
+	Epoch   string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Seq     uint64                 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
+	// The payload's type.
+	Kind string `protobuf:"bytes,4,opt,name=kind,proto3" json:"kind,omitempty"`
+	// When its envelope was stored.
+	Stored *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=stored,proto3" json:"stored,omitempty"`
+	// Unspecified where no group was asked for.
+	State         WorkItemState `protobuf:"varint,6,opt,name=state,proto3,enum=tidemark.v1.WorkItemState" json:"state,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListedWork) Reset() {
+	*x = ListedWork{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListedWork) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListedWork) ProtoMessage() {}
+
+func (x *ListedWork) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListedWork.ProtoReflect.Descriptor instead.
+func (*ListedWork) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ListedWork) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *ListedWork) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *ListedWork) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *ListedWork) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *ListedWork) GetStored() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Stored
+	}
+	return nil
+}
+
+func (x *ListedWork) GetState() WorkItemState {
+	if x != nil {
+		return x.State
+	}
+	return WorkItemState_WORK_ITEM_STATE_UNSPECIFIED
+}
+
+// ListWorkResponse is one page.
+type ListWorkResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Items []*ListedWork          `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
+	// Empty: that was the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListWorkResponse) Reset() {
+	*x = ListWorkResponse{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListWorkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListWorkResponse) ProtoMessage() {}
+
+func (x *ListWorkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListWorkResponse.ProtoReflect.Descriptor instead.
+func (*ListWorkResponse) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ListWorkResponse) GetItems() []*ListedWork {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+func (x *ListWorkResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// DeadLetter is an item that a group gave up on.
+type DeadLetter struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names it in Redrive.
+	Id      string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Group   string `protobuf:"bytes,2,opt,name=group,proto3" json:"group,omitempty"`
+	Session string `protobuf:"bytes,3,opt,name=session,proto3" json:"session,omitempty"`
+	Epoch   string `protobuf:"bytes,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Seq     uint64 `protobuf:"varint,5,opt,name=seq,proto3" json:"seq,omitempty"`
+	// The payload's type.
+	Kind string `protobuf:"bytes,6,opt,name=kind,proto3" json:"kind,omitempty"`
+	// How often it was handed out.
+	Attempts uint32 `protobuf:"varint,7,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	Reason   string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When the group gave it up.
+	Time *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=time,proto3" json:"time,omitempty"`
+	// When it was handed to the group again; unset: it was not.
+	Redriven *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=redriven,proto3" json:"redriven,omitempty"`
+	// The envelope. Left out of listings.
+	Envelope      *Envelope `protobuf:"bytes,11,opt,name=envelope,proto3" json:"envelope,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeadLetter) Reset() {
+	*x = DeadLetter{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeadLetter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeadLetter) ProtoMessage() {}
+
+func (x *DeadLetter) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeadLetter.ProtoReflect.Descriptor instead.
+func (*DeadLetter) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *DeadLetter) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DeadLetter) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *DeadLetter) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *DeadLetter) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *DeadLetter) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *DeadLetter) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *DeadLetter) GetAttempts() uint32 {
+	if x != nil {
+		return x.Attempts
+	}
+	return 0
+}
+
+func (x *DeadLetter) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DeadLetter) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *DeadLetter) GetRedriven() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Redriven
+	}
+	return nil
+}
+
+func (x *DeadLetter) GetEnvelope() *Envelope {
+	if x != nil {
+		return x.Envelope
+	}
+	return nil
+}
+
+// ListDeadLettersRequest asks for dead letters.
+type ListDeadLettersRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only of this group; of all where empty.
+	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	// Only of this session.
+	Session string `protobuf:"bytes,2,opt,name=session,proto3" json:"session,omitempty"`
+	// At most 1,000; 100 where 0.
+	PageSize  uint32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	PageToken string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Those that were redriven, too.
+	Redriven bool `protobuf:"varint,5,opt,name=redriven,proto3" json:"redriven,omitempty"`
+	// Only the one with this id, with its envelope.
+	Id            string `protobuf:"bytes,6,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDeadLettersRequest) Reset() {
+	*x = ListDeadLettersRequest{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDeadLettersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDeadLettersRequest) ProtoMessage() {}
+
+func (x *ListDeadLettersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDeadLettersRequest.ProtoReflect.Descriptor instead.
+func (*ListDeadLettersRequest) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ListDeadLettersRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *ListDeadLettersRequest) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *ListDeadLettersRequest) GetPageSize() uint32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListDeadLettersRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *ListDeadLettersRequest) GetRedriven() bool {
+	if x != nil {
+		return x.Redriven
+	}
+	return false
+}
+
+func (x *ListDeadLettersRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+// ListDeadLettersResponse is one page.
+type ListDeadLettersResponse struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Letters []*DeadLetter          `protobuf:"bytes,1,rep,name=letters,proto3" json:"letters,omitempty"`
+	// Empty: that was the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDeadLettersResponse) Reset() {
+	*x = ListDeadLettersResponse{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDeadLettersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDeadLettersResponse) ProtoMessage() {}
+
+func (x *ListDeadLettersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDeadLettersResponse.ProtoReflect.Descriptor instead.
+func (*ListDeadLettersResponse) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ListDeadLettersResponse) GetLetters() []*DeadLetter {
+	if x != nil {
+		return x.Letters
+	}
+	return nil
+}
+
+func (x *ListDeadLettersResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// RedriveRequest names dead letters.
+type RedriveRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 to 1,000.
+	Ids           []string `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RedriveRequest) Reset() {
+	*x = RedriveRequest{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RedriveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RedriveRequest) ProtoMessage() {}
+
+func (x *RedriveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RedriveRequest.ProtoReflect.Descriptor instead.
+func (*RedriveRequest) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *RedriveRequest) GetIds() []string {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
+// RedriveResponse says what became of each, in the order given.
+type RedriveResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Handed to their groups now.
+	Redriven uint32 `protobuf:"varint,1,opt,name=redriven,proto3" json:"redriven,omitempty"`
+	// They had been handed to their groups before.
+	Before        uint32 `protobuf:"varint,2,opt,name=before,proto3" json:"before,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RedriveResponse) Reset() {
+	*x = RedriveResponse{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RedriveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RedriveResponse) ProtoMessage() {}
+
+func (x *RedriveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RedriveResponse.ProtoReflect.Descriptor instead.
+func (*RedriveResponse) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *RedriveResponse) GetRedriven() uint32 {
+	if x != nil {
+		return x.Redriven
+	}
+	return 0
+}
+
+func (x *RedriveResponse) GetBefore() uint32 {
+	if x != nil {
+		return x.Before
+	}
+	return 0
+}
+
+// TailRequest is one message of a member of an analytics group.
+type TailRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Request:
+	//
+	//	*TailRequest_Open
+	//	*TailRequest_Ack
+	Request       isTailRequest_Request `protobuf_oneof:"request"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TailRequest) Reset() {
+	*x = TailRequest{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TailRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TailRequest) ProtoMessage() {}
+
+func (x *TailRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TailRequest.ProtoReflect.Descriptor instead.
+func (*TailRequest) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *TailRequest) GetRequest() isTailRequest_Request {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
+func (x *TailRequest) GetOpen() *TailOpen {
+	if x != nil {
+		if x, ok := x.Request.(*TailRequest_Open); ok {
+			return x.Open
+		}
+	}
+	return nil
+}
+
+func (x *TailRequest) GetAck() *TailAck {
+	if x != nil {
+		if x, ok := x.Request.(*TailRequest_Ack); ok {
+			return x.Ack
+		}
+	}
+	return nil
+}
+
+type isTailRequest_Request interface {
+	isTailRequest_Request()
+}
+
+type TailRequest_Open struct {
+	Open *TailOpen `protobuf:"bytes,1,opt,name=open,proto3,oneof"`
+}
+
+type TailRequest_Ack struct {
+	Ack *TailAck `protobuf:"bytes,2,opt,name=ack,proto3,oneof"`
+}
+
+func (*TailRequest_Open) isTailRequest_Request() {}
+
+func (*TailRequest_Ack) isTailRequest_Request() {}
+
+// TailOpen comes first, and once.
+type TailOpen struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The group's name, unique in the tenant: 1 to 200 bytes. Its members share the log's partitions.
+	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	// Only sessions whose names begin so. Needs a token that gives access to all of them.
+	SessionPrefix string `protobuf:"bytes,2,opt,name=session_prefix,json=sessionPrefix,proto3" json:"session_prefix,omitempty"`
+	// Only these payload types, by their field names in Envelope; all where empty. At most 32.
+	Types []string `protobuf:"bytes,3,rep,name=types,proto3" json:"types,omitempty"`
+	// Where a group begins that is new; its checkpoints count otherwise. From the beginning of what is kept where nothing is said.
+	//
+	// Types that are valid to be assigned to Start:
+	//
+	//	*TailOpen_Now
+	//	*TailOpen_Since
+	Start         isTailOpen_Start `protobuf_oneof:"start"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TailOpen) Reset() {
+	*x = TailOpen{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TailOpen) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TailOpen) ProtoMessage() {}
+
+func (x *TailOpen) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TailOpen.ProtoReflect.Descriptor instead.
+func (*TailOpen) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *TailOpen) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *TailOpen) GetSessionPrefix() string {
+	if x != nil {
+		return x.SessionPrefix
+	}
+	return ""
+}
+
+func (x *TailOpen) GetTypes() []string {
+	if x != nil {
+		return x.Types
+	}
+	return nil
+}
+
+func (x *TailOpen) GetStart() isTailOpen_Start {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *TailOpen) GetNow() bool {
+	if x != nil {
+		if x, ok := x.Start.(*TailOpen_Now); ok {
+			return x.Now
+		}
+	}
+	return false
+}
+
+func (x *TailOpen) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		if x, ok := x.Start.(*TailOpen_Since); ok {
+			return x.Since
+		}
+	}
+	return nil
+}
+
+type isTailOpen_Start interface {
+	isTailOpen_Start()
+}
+
+type TailOpen_Now struct {
+	// true: what comes from now on.
+	Now bool `protobuf:"varint,4,opt,name=now,proto3,oneof"`
+}
+
+type TailOpen_Since struct {
+	// What was stored at this time or later.
+	Since *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3,oneof"`
+}
+
+func (*TailOpen_Now) isTailOpen_Start() {}
+
+func (*TailOpen_Since) isTailOpen_Start() {}
+
+// TailAck says that everything of a partition up to a place is done with.
+type TailAck struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Partition     uint32                 `protobuf:"varint,1,opt,name=partition,proto3" json:"partition,omitempty"`
+	Through       uint64                 `protobuf:"varint,2,opt,name=through,proto3" json:"through,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TailAck) Reset() {
+	*x = TailAck{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TailAck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TailAck) ProtoMessage() {}
+
+func (x *TailAck) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TailAck.ProtoReflect.Descriptor instead.
+func (*TailAck) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *TailAck) GetPartition() uint32 {
+	if x != nil {
+		return x.Partition
+	}
+	return 0
+}
+
+func (x *TailAck) GetThrough() uint64 {
+	if x != nil {
+		return x.Through
+	}
+	return 0
+}
+
+// TailResponse is one message of an edge to a member.
+type TailResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Response:
+	//
+	//	*TailResponse_Assigned
+	//	*TailResponse_Batch
+	Response      isTailResponse_Response `protobuf_oneof:"response"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TailResponse) Reset() {
+	*x = TailResponse{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TailResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TailResponse) ProtoMessage() {}
+
+func (x *TailResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TailResponse.ProtoReflect.Descriptor instead.
+func (*TailResponse) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *TailResponse) GetResponse() isTailResponse_Response {
+	if x != nil {
+		return x.Response
+	}
+	return nil
+}
+
+func (x *TailResponse) GetAssigned() *TailAssigned {
+	if x != nil {
+		if x, ok := x.Response.(*TailResponse_Assigned); ok {
+			return x.Assigned
+		}
+	}
+	return nil
+}
+
+func (x *TailResponse) GetBatch() *TailBatch {
+	if x != nil {
+		if x, ok := x.Response.(*TailResponse_Batch); ok {
+			return x.Batch
+		}
+	}
+	return nil
+}
+
+type isTailResponse_Response interface {
+	isTailResponse_Response()
+}
+
+type TailResponse_Assigned struct {
+	Assigned *TailAssigned `protobuf:"bytes,1,opt,name=assigned,proto3,oneof"`
+}
+
+type TailResponse_Batch struct {
+	Batch *TailBatch `protobuf:"bytes,2,opt,name=batch,proto3,oneof"`
+}
+
+func (*TailResponse_Assigned) isTailResponse_Response() {}
+
+func (*TailResponse_Batch) isTailResponse_Response() {}
+
+// TailAssigned says which partitions the member has now; it comes first, and whenever they change.
+type TailAssigned struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Partitions []uint32               `protobuf:"varint,1,rep,packed,name=partitions,proto3" json:"partitions,omitempty"`
+	// How many there are.
+	Of            uint32 `protobuf:"varint,2,opt,name=of,proto3" json:"of,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TailAssigned) Reset() {
+	*x = TailAssigned{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TailAssigned) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TailAssigned) ProtoMessage() {}
+
+func (x *TailAssigned) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TailAssigned.ProtoReflect.Descriptor instead.
+func (*TailAssigned) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *TailAssigned) GetPartitions() []uint32 {
+	if x != nil {
+		return x.Partitions
+	}
+	return nil
+}
+
+func (x *TailAssigned) GetOf() uint32 {
+	if x != nil {
+		return x.Of
+	}
+	return 0
+}
+
+// TailBatch is consecutive envelopes of a partition, those of one session in their order. What was not acknowledged comes again after a change of members.
+type TailBatch struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Partition uint32                 `protobuf:"varint,1,opt,name=partition,proto3" json:"partition,omitempty"`
+	// Acknowledge with this when the batch, and all of the partition before it, is done with.
+	Through       uint64           `protobuf:"varint,2,opt,name=through,proto3" json:"through,omitempty"`
+	Sessions      []*TailEnvelopes `protobuf:"bytes,3,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TailBatch) Reset() {
+	*x = TailBatch{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TailBatch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TailBatch) ProtoMessage() {}
+
+func (x *TailBatch) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TailBatch.ProtoReflect.Descriptor instead.
+func (*TailBatch) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *TailBatch) GetPartition() uint32 {
+	if x != nil {
+		return x.Partition
+	}
+	return 0
+}
+
+func (x *TailBatch) GetThrough() uint64 {
+	if x != nil {
+		return x.Through
+	}
+	return 0
+}
+
+func (x *TailBatch) GetSessions() []*TailEnvelopes {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
+// TailEnvelopes are envelopes of one session.
+type TailEnvelopes struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Session string                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
+	Epoch   string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// When they were stored.
+	Stored        *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=stored,proto3" json:"stored,omitempty"`
+	Envelopes     []*Envelope            `protobuf:"bytes,15,rep,name=envelopes,proto3" json:"envelopes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TailEnvelopes) Reset() {
+	*x = TailEnvelopes{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TailEnvelopes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TailEnvelopes) ProtoMessage() {}
+
+func (x *TailEnvelopes) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TailEnvelopes.ProtoReflect.Descriptor instead.
+func (*TailEnvelopes) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *TailEnvelopes) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *TailEnvelopes) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *TailEnvelopes) GetStored() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Stored
+	}
+	return nil
+}
+
+func (x *TailEnvelopes) GetEnvelopes() []*Envelope {
+	if x != nil {
+		return x.Envelopes
+	}
+	return nil
+}
+
 var File_tidemark_v1_service_proto protoreflect.FileDescriptor
 
 const file_tidemark_v1_service_proto_rawDesc = "" +
@@ -741,7 +2076,98 @@ const file_tidemark_v1_service_proto_rawDesc = "" +
 	"\n" +
 	"durability\x18\x05 \x01(\x0e2\x17.tidemark.v1.DurabilityR\n" +
 	"durability\x12\x1a\n" +
-	"\breplaced\x18\x06 \x01(\bR\breplaced2\xe9\x04\n" +
+	"\breplaced\x18\x06 \x01(\bR\breplaced\"A\n" +
+	"\x0eKeepRunRequest\x12\x18\n" +
+	"\asession\x18\x01 \x01(\tR\asession\x12\x15\n" +
+	"\x06run_id\x18\x02 \x01(\tR\x05runId\"\x11\n" +
+	"\x0fKeepRunResponse\"\x17\n" +
+	"\x15ListWorkGroupsRequest\"H\n" +
+	"\x16ListWorkGroupsResponse\x12.\n" +
+	"\x06groups\x18\x01 \x03(\v2\x16.tidemark.v1.WorkGroupR\x06groups\"}\n" +
+	"\x0fListWorkRequest\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12\x1b\n" +
+	"\tpage_size\x18\x02 \x01(\rR\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x03 \x01(\tR\tpageToken\x12\x18\n" +
+	"\asession\x18\x04 \x01(\tR\asession\"\xc8\x01\n" +
+	"\n" +
+	"ListedWork\x12\x18\n" +
+	"\asession\x18\x01 \x01(\tR\asession\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x10\n" +
+	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12\x12\n" +
+	"\x04kind\x18\x04 \x01(\tR\x04kind\x122\n" +
+	"\x06stored\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x06stored\x120\n" +
+	"\x05state\x18\x06 \x01(\x0e2\x1a.tidemark.v1.WorkItemStateR\x05state\"i\n" +
+	"\x10ListWorkResponse\x12-\n" +
+	"\x05items\x18\x01 \x03(\v2\x17.tidemark.v1.ListedWorkR\x05items\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xd7\x02\n" +
+	"\n" +
+	"DeadLetter\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05group\x18\x02 \x01(\tR\x05group\x12\x18\n" +
+	"\asession\x18\x03 \x01(\tR\asession\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\tR\x05epoch\x12\x10\n" +
+	"\x03seq\x18\x05 \x01(\x04R\x03seq\x12\x12\n" +
+	"\x04kind\x18\x06 \x01(\tR\x04kind\x12\x1a\n" +
+	"\battempts\x18\a \x01(\rR\battempts\x12\x16\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\x12.\n" +
+	"\x04time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x126\n" +
+	"\bredriven\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\bredriven\x121\n" +
+	"\benvelope\x18\v \x01(\v2\x15.tidemark.v1.EnvelopeR\benvelope\"\xb0\x01\n" +
+	"\x16ListDeadLettersRequest\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12\x18\n" +
+	"\asession\x18\x02 \x01(\tR\asession\x12\x1b\n" +
+	"\tpage_size\x18\x03 \x01(\rR\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tR\tpageToken\x12\x1a\n" +
+	"\bredriven\x18\x05 \x01(\bR\bredriven\x12\x0e\n" +
+	"\x02id\x18\x06 \x01(\tR\x02id\"t\n" +
+	"\x17ListDeadLettersResponse\x121\n" +
+	"\aletters\x18\x01 \x03(\v2\x17.tidemark.v1.DeadLetterR\aletters\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\"\n" +
+	"\x0eRedriveRequest\x12\x10\n" +
+	"\x03ids\x18\x01 \x03(\tR\x03ids\"E\n" +
+	"\x0fRedriveResponse\x12\x1a\n" +
+	"\bredriven\x18\x01 \x01(\rR\bredriven\x12\x16\n" +
+	"\x06before\x18\x02 \x01(\rR\x06before\"o\n" +
+	"\vTailRequest\x12+\n" +
+	"\x04open\x18\x01 \x01(\v2\x15.tidemark.v1.TailOpenH\x00R\x04open\x12(\n" +
+	"\x03ack\x18\x02 \x01(\v2\x14.tidemark.v1.TailAckH\x00R\x03ackB\t\n" +
+	"\arequest\"\xae\x01\n" +
+	"\bTailOpen\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12%\n" +
+	"\x0esession_prefix\x18\x02 \x01(\tR\rsessionPrefix\x12\x14\n" +
+	"\x05types\x18\x03 \x03(\tR\x05types\x12\x12\n" +
+	"\x03now\x18\x04 \x01(\bH\x00R\x03now\x122\n" +
+	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampH\x00R\x05sinceB\a\n" +
+	"\x05start\"A\n" +
+	"\aTailAck\x12\x1c\n" +
+	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x18\n" +
+	"\athrough\x18\x02 \x01(\x04R\athrough\"\x83\x01\n" +
+	"\fTailResponse\x127\n" +
+	"\bassigned\x18\x01 \x01(\v2\x19.tidemark.v1.TailAssignedH\x00R\bassigned\x12.\n" +
+	"\x05batch\x18\x02 \x01(\v2\x16.tidemark.v1.TailBatchH\x00R\x05batchB\n" +
+	"\n" +
+	"\bresponse\">\n" +
+	"\fTailAssigned\x12\x1e\n" +
+	"\n" +
+	"partitions\x18\x01 \x03(\rR\n" +
+	"partitions\x12\x0e\n" +
+	"\x02of\x18\x02 \x01(\rR\x02of\"{\n" +
+	"\tTailBatch\x12\x1c\n" +
+	"\tpartition\x18\x01 \x01(\rR\tpartition\x12\x18\n" +
+	"\athrough\x18\x02 \x01(\x04R\athrough\x126\n" +
+	"\bsessions\x18\x03 \x03(\v2\x1a.tidemark.v1.TailEnvelopesR\bsessions\"\xa8\x01\n" +
+	"\rTailEnvelopes\x12\x18\n" +
+	"\asession\x18\x01 \x01(\tR\asession\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x122\n" +
+	"\x06stored\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x06stored\x123\n" +
+	"\tenvelopes\x18\x0f \x03(\v2\x15.tidemark.v1.EnvelopeR\tenvelopes*m\n" +
+	"\rWorkItemState\x12\x1f\n" +
+	"\x1bWORK_ITEM_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17WORK_ITEM_STATE_WAITING\x10\x01\x12\x1e\n" +
+	"\x1aWORK_ITEM_STATE_HANDED_OUT\x10\x022\xf8\b\n" +
 	"\x0eSessionService\x12V\n" +
 	"\rCreateSession\x12!.tidemark.v1.CreateSessionRequest\x1a\".tidemark.v1.CreateSessionResponse\x12M\n" +
 	"\n" +
@@ -751,7 +2177,14 @@ const file_tidemark_v1_service_proto_rawDesc = "" +
 	"\x06Append\x12\x1a.tidemark.v1.AppendRequest\x1a\x1b.tidemark.v1.AppendResponse\x12B\n" +
 	"\fAppendStream\x12\x14.tidemark.v1.Publish\x1a\x18.tidemark.v1.ServerFrame(\x010\x01\x129\n" +
 	"\x06Follow\x12\x13.tidemark.v1.Attach\x1a\x18.tidemark.v1.ServerFrame0\x01\x12A\n" +
-	"\aConnect\x12\x18.tidemark.v1.ClientFrame\x1a\x18.tidemark.v1.ServerFrame(\x010\x01B\x18Z\x16tidemark/schema;schemab\x06proto3"
+	"\aConnect\x12\x18.tidemark.v1.ClientFrame\x1a\x18.tidemark.v1.ServerFrame(\x010\x01\x12>\n" +
+	"\x04Work\x12\x18.tidemark.v1.ClientFrame\x1a\x18.tidemark.v1.ServerFrame(\x010\x01\x12D\n" +
+	"\aKeepRun\x12\x1b.tidemark.v1.KeepRunRequest\x1a\x1c.tidemark.v1.KeepRunResponse\x12Y\n" +
+	"\x0eListWorkGroups\x12\".tidemark.v1.ListWorkGroupsRequest\x1a#.tidemark.v1.ListWorkGroupsResponse\x12G\n" +
+	"\bListWork\x12\x1c.tidemark.v1.ListWorkRequest\x1a\x1d.tidemark.v1.ListWorkResponse\x12\\\n" +
+	"\x0fListDeadLetters\x12#.tidemark.v1.ListDeadLettersRequest\x1a$.tidemark.v1.ListDeadLettersResponse\x12D\n" +
+	"\aRedrive\x12\x1b.tidemark.v1.RedriveRequest\x1a\x1c.tidemark.v1.RedriveResponse\x12?\n" +
+	"\x04Tail\x12\x18.tidemark.v1.TailRequest\x1a\x19.tidemark.v1.TailResponse(\x010\x01B\x18Z\x16tidemark/schema;schemab\x06proto3"
 
 var (
 	file_tidemark_v1_service_proto_rawDescOnce sync.Once
@@ -765,62 +2198,114 @@ func file_tidemark_v1_service_proto_rawDescGZIP() []byte {
 	return file_tidemark_v1_service_proto_rawDescData
 }
 
-var file_tidemark_v1_service_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_tidemark_v1_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_tidemark_v1_service_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_tidemark_v1_service_proto_goTypes = []any{
-	(*Session)(nil),               // 0: tidemark.v1.Session
-	(*CreateSessionRequest)(nil),  // 1: tidemark.v1.CreateSessionRequest
-	(*CreateSessionResponse)(nil), // 2: tidemark.v1.CreateSessionResponse
-	(*GetSessionRequest)(nil),     // 3: tidemark.v1.GetSessionRequest
-	(*GetSessionResponse)(nil),    // 4: tidemark.v1.GetSessionResponse
-	(*ListSessionsRequest)(nil),   // 5: tidemark.v1.ListSessionsRequest
-	(*ListSessionsResponse)(nil),  // 6: tidemark.v1.ListSessionsResponse
-	(*DeleteSessionRequest)(nil),  // 7: tidemark.v1.DeleteSessionRequest
-	(*DeleteSessionResponse)(nil), // 8: tidemark.v1.DeleteSessionResponse
-	(*AppendRequest)(nil),         // 9: tidemark.v1.AppendRequest
-	(*AppendResponse)(nil),        // 10: tidemark.v1.AppendResponse
-	(SessionKind)(0),              // 11: tidemark.v1.SessionKind
-	(Status)(0),                   // 12: tidemark.v1.Status
-	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
-	(*Envelope)(nil),              // 14: tidemark.v1.Envelope
-	(Durability)(0),               // 15: tidemark.v1.Durability
-	(*Publish)(nil),               // 16: tidemark.v1.Publish
-	(*Attach)(nil),                // 17: tidemark.v1.Attach
-	(*ClientFrame)(nil),           // 18: tidemark.v1.ClientFrame
-	(*ServerFrame)(nil),           // 19: tidemark.v1.ServerFrame
+	(WorkItemState)(0),              // 0: tidemark.v1.WorkItemState
+	(*Session)(nil),                 // 1: tidemark.v1.Session
+	(*CreateSessionRequest)(nil),    // 2: tidemark.v1.CreateSessionRequest
+	(*CreateSessionResponse)(nil),   // 3: tidemark.v1.CreateSessionResponse
+	(*GetSessionRequest)(nil),       // 4: tidemark.v1.GetSessionRequest
+	(*GetSessionResponse)(nil),      // 5: tidemark.v1.GetSessionResponse
+	(*ListSessionsRequest)(nil),     // 6: tidemark.v1.ListSessionsRequest
+	(*ListSessionsResponse)(nil),    // 7: tidemark.v1.ListSessionsResponse
+	(*DeleteSessionRequest)(nil),    // 8: tidemark.v1.DeleteSessionRequest
+	(*DeleteSessionResponse)(nil),   // 9: tidemark.v1.DeleteSessionResponse
+	(*AppendRequest)(nil),           // 10: tidemark.v1.AppendRequest
+	(*AppendResponse)(nil),          // 11: tidemark.v1.AppendResponse
+	(*KeepRunRequest)(nil),          // 12: tidemark.v1.KeepRunRequest
+	(*KeepRunResponse)(nil),         // 13: tidemark.v1.KeepRunResponse
+	(*ListWorkGroupsRequest)(nil),   // 14: tidemark.v1.ListWorkGroupsRequest
+	(*ListWorkGroupsResponse)(nil),  // 15: tidemark.v1.ListWorkGroupsResponse
+	(*ListWorkRequest)(nil),         // 16: tidemark.v1.ListWorkRequest
+	(*ListedWork)(nil),              // 17: tidemark.v1.ListedWork
+	(*ListWorkResponse)(nil),        // 18: tidemark.v1.ListWorkResponse
+	(*DeadLetter)(nil),              // 19: tidemark.v1.DeadLetter
+	(*ListDeadLettersRequest)(nil),  // 20: tidemark.v1.ListDeadLettersRequest
+	(*ListDeadLettersResponse)(nil), // 21: tidemark.v1.ListDeadLettersResponse
+	(*RedriveRequest)(nil),          // 22: tidemark.v1.RedriveRequest
+	(*RedriveResponse)(nil),         // 23: tidemark.v1.RedriveResponse
+	(*TailRequest)(nil),             // 24: tidemark.v1.TailRequest
+	(*TailOpen)(nil),                // 25: tidemark.v1.TailOpen
+	(*TailAck)(nil),                 // 26: tidemark.v1.TailAck
+	(*TailResponse)(nil),            // 27: tidemark.v1.TailResponse
+	(*TailAssigned)(nil),            // 28: tidemark.v1.TailAssigned
+	(*TailBatch)(nil),               // 29: tidemark.v1.TailBatch
+	(*TailEnvelopes)(nil),           // 30: tidemark.v1.TailEnvelopes
+	(SessionKind)(0),                // 31: tidemark.v1.SessionKind
+	(Status)(0),                     // 32: tidemark.v1.Status
+	(*timestamppb.Timestamp)(nil),   // 33: google.protobuf.Timestamp
+	(*Envelope)(nil),                // 34: tidemark.v1.Envelope
+	(Durability)(0),                 // 35: tidemark.v1.Durability
+	(*WorkGroup)(nil),               // 36: tidemark.v1.WorkGroup
+	(*Publish)(nil),                 // 37: tidemark.v1.Publish
+	(*Attach)(nil),                  // 38: tidemark.v1.Attach
+	(*ClientFrame)(nil),             // 39: tidemark.v1.ClientFrame
+	(*ServerFrame)(nil),             // 40: tidemark.v1.ServerFrame
 }
 var file_tidemark_v1_service_proto_depIdxs = []int32{
-	11, // 0: tidemark.v1.Session.kind:type_name -> tidemark.v1.SessionKind
-	12, // 1: tidemark.v1.Session.status:type_name -> tidemark.v1.Status
-	13, // 2: tidemark.v1.Session.created:type_name -> google.protobuf.Timestamp
-	13, // 3: tidemark.v1.Session.updated:type_name -> google.protobuf.Timestamp
-	11, // 4: tidemark.v1.CreateSessionRequest.kind:type_name -> tidemark.v1.SessionKind
-	0,  // 5: tidemark.v1.CreateSessionResponse.session:type_name -> tidemark.v1.Session
-	0,  // 6: tidemark.v1.GetSessionResponse.session:type_name -> tidemark.v1.Session
-	12, // 7: tidemark.v1.ListSessionsRequest.status:type_name -> tidemark.v1.Status
-	0,  // 8: tidemark.v1.ListSessionsResponse.sessions:type_name -> tidemark.v1.Session
-	14, // 9: tidemark.v1.AppendRequest.envelopes:type_name -> tidemark.v1.Envelope
-	15, // 10: tidemark.v1.AppendResponse.durability:type_name -> tidemark.v1.Durability
-	1,  // 11: tidemark.v1.SessionService.CreateSession:input_type -> tidemark.v1.CreateSessionRequest
-	3,  // 12: tidemark.v1.SessionService.GetSession:input_type -> tidemark.v1.GetSessionRequest
-	5,  // 13: tidemark.v1.SessionService.ListSessions:input_type -> tidemark.v1.ListSessionsRequest
-	7,  // 14: tidemark.v1.SessionService.DeleteSession:input_type -> tidemark.v1.DeleteSessionRequest
-	9,  // 15: tidemark.v1.SessionService.Append:input_type -> tidemark.v1.AppendRequest
-	16, // 16: tidemark.v1.SessionService.AppendStream:input_type -> tidemark.v1.Publish
-	17, // 17: tidemark.v1.SessionService.Follow:input_type -> tidemark.v1.Attach
-	18, // 18: tidemark.v1.SessionService.Connect:input_type -> tidemark.v1.ClientFrame
-	2,  // 19: tidemark.v1.SessionService.CreateSession:output_type -> tidemark.v1.CreateSessionResponse
-	4,  // 20: tidemark.v1.SessionService.GetSession:output_type -> tidemark.v1.GetSessionResponse
-	6,  // 21: tidemark.v1.SessionService.ListSessions:output_type -> tidemark.v1.ListSessionsResponse
-	8,  // 22: tidemark.v1.SessionService.DeleteSession:output_type -> tidemark.v1.DeleteSessionResponse
-	10, // 23: tidemark.v1.SessionService.Append:output_type -> tidemark.v1.AppendResponse
-	19, // 24: tidemark.v1.SessionService.AppendStream:output_type -> tidemark.v1.ServerFrame
-	19, // 25: tidemark.v1.SessionService.Follow:output_type -> tidemark.v1.ServerFrame
-	19, // 26: tidemark.v1.SessionService.Connect:output_type -> tidemark.v1.ServerFrame
-	19, // [19:27] is the sub-list for method output_type
-	11, // [11:19] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	31, // 0: tidemark.v1.Session.kind:type_name -> tidemark.v1.SessionKind
+	32, // 1: tidemark.v1.Session.status:type_name -> tidemark.v1.Status
+	33, // 2: tidemark.v1.Session.created:type_name -> google.protobuf.Timestamp
+	33, // 3: tidemark.v1.Session.updated:type_name -> google.protobuf.Timestamp
+	31, // 4: tidemark.v1.CreateSessionRequest.kind:type_name -> tidemark.v1.SessionKind
+	1,  // 5: tidemark.v1.CreateSessionResponse.session:type_name -> tidemark.v1.Session
+	1,  // 6: tidemark.v1.GetSessionResponse.session:type_name -> tidemark.v1.Session
+	32, // 7: tidemark.v1.ListSessionsRequest.status:type_name -> tidemark.v1.Status
+	1,  // 8: tidemark.v1.ListSessionsResponse.sessions:type_name -> tidemark.v1.Session
+	34, // 9: tidemark.v1.AppendRequest.envelopes:type_name -> tidemark.v1.Envelope
+	35, // 10: tidemark.v1.AppendResponse.durability:type_name -> tidemark.v1.Durability
+	36, // 11: tidemark.v1.ListWorkGroupsResponse.groups:type_name -> tidemark.v1.WorkGroup
+	33, // 12: tidemark.v1.ListedWork.stored:type_name -> google.protobuf.Timestamp
+	0,  // 13: tidemark.v1.ListedWork.state:type_name -> tidemark.v1.WorkItemState
+	17, // 14: tidemark.v1.ListWorkResponse.items:type_name -> tidemark.v1.ListedWork
+	33, // 15: tidemark.v1.DeadLetter.time:type_name -> google.protobuf.Timestamp
+	33, // 16: tidemark.v1.DeadLetter.redriven:type_name -> google.protobuf.Timestamp
+	34, // 17: tidemark.v1.DeadLetter.envelope:type_name -> tidemark.v1.Envelope
+	19, // 18: tidemark.v1.ListDeadLettersResponse.letters:type_name -> tidemark.v1.DeadLetter
+	25, // 19: tidemark.v1.TailRequest.open:type_name -> tidemark.v1.TailOpen
+	26, // 20: tidemark.v1.TailRequest.ack:type_name -> tidemark.v1.TailAck
+	33, // 21: tidemark.v1.TailOpen.since:type_name -> google.protobuf.Timestamp
+	28, // 22: tidemark.v1.TailResponse.assigned:type_name -> tidemark.v1.TailAssigned
+	29, // 23: tidemark.v1.TailResponse.batch:type_name -> tidemark.v1.TailBatch
+	30, // 24: tidemark.v1.TailBatch.sessions:type_name -> tidemark.v1.TailEnvelopes
+	33, // 25: tidemark.v1.TailEnvelopes.stored:type_name -> google.protobuf.Timestamp
+	34, // 26: tidemark.v1.TailEnvelopes.envelopes:type_name -> tidemark.v1.Envelope
+	2,  // 27: tidemark.v1.SessionService.CreateSession:input_type -> tidemark.v1.CreateSessionRequest
+	4,  // 28: tidemark.v1.SessionService.GetSession:input_type -> tidemark.v1.GetSessionRequest
+	6,  // 29: tidemark.v1.SessionService.ListSessions:input_type -> tidemark.v1.ListSessionsRequest
+	8,  // 30: tidemark.v1.SessionService.DeleteSession:input_type -> tidemark.v1.DeleteSessionRequest
+	10, // 31: tidemark.v1.SessionService.Append:input_type -> tidemark.v1.AppendRequest
+	37, // 32: tidemark.v1.SessionService.AppendStream:input_type -> tidemark.v1.Publish
+	38, // 33: tidemark.v1.SessionService.Follow:input_type -> tidemark.v1.Attach
+	39, // 34: tidemark.v1.SessionService.Connect:input_type -> tidemark.v1.ClientFrame
+	39, // 35: tidemark.v1.SessionService.Work:input_type -> tidemark.v1.ClientFrame
+	12, // 36: tidemark.v1.SessionService.KeepRun:input_type -> tidemark.v1.KeepRunRequest
+	14, // 37: tidemark.v1.SessionService.ListWorkGroups:input_type -> tidemark.v1.ListWorkGroupsRequest
+	16, // 38: tidemark.v1.SessionService.ListWork:input_type -> tidemark.v1.ListWorkRequest
+	20, // 39: tidemark.v1.SessionService.ListDeadLetters:input_type -> tidemark.v1.ListDeadLettersRequest
+	22, // 40: tidemark.v1.SessionService.Redrive:input_type -> tidemark.v1.RedriveRequest
+	24, // 41: tidemark.v1.SessionService.Tail:input_type -> tidemark.v1.TailRequest
+	3,  // 42: tidemark.v1.SessionService.CreateSession:output_type -> tidemark.v1.CreateSessionResponse
+	5,  // 43: tidemark.v1.SessionService.GetSession:output_type -> tidemark.v1.GetSessionResponse
+	7,  // 44: tidemark.v1.SessionService.ListSessions:output_type -> tidemark.v1.ListSessionsResponse
+	9,  // 45: tidemark.v1.SessionService.DeleteSession:output_type -> tidemark.v1.DeleteSessionResponse
+	11, // 46: tidemark.v1.SessionService.Append:output_type -> tidemark.v1.AppendResponse
+	40, // 47: tidemark.v1.SessionService.AppendStream:output_type -> tidemark.v1.ServerFrame
+	40, // 48: tidemark.v1.SessionService.Follow:output_type -> tidemark.v1.ServerFrame
+	40, // 49: tidemark.v1.SessionService.Connect:output_type -> tidemark.v1.ServerFrame
+	40, // 50: tidemark.v1.SessionService.Work:output_type -> tidemark.v1.ServerFrame
+	13, // 51: tidemark.v1.SessionService.KeepRun:output_type -> tidemark.v1.KeepRunResponse
+	15, // 52: tidemark.v1.SessionService.ListWorkGroups:output_type -> tidemark.v1.ListWorkGroupsResponse
+	18, // 53: tidemark.v1.SessionService.ListWork:output_type -> tidemark.v1.ListWorkResponse
+	21, // 54: tidemark.v1.SessionService.ListDeadLetters:output_type -> tidemark.v1.ListDeadLettersResponse
+	23, // 55: tidemark.v1.SessionService.Redrive:output_type -> tidemark.v1.RedriveResponse
+	27, // 56: tidemark.v1.SessionService.Tail:output_type -> tidemark.v1.TailResponse
+	42, // [42:57] is the sub-list for method output_type
+	27, // [27:42] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_service_proto_init() }
@@ -831,18 +2316,31 @@ func file_tidemark_v1_service_proto_init() {
 	file_tidemark_v1_envelope_proto_init()
 	file_tidemark_v1_wire_proto_init()
 	file_tidemark_v1_service_proto_msgTypes[9].OneofWrappers = []any{}
+	file_tidemark_v1_service_proto_msgTypes[23].OneofWrappers = []any{
+		(*TailRequest_Open)(nil),
+		(*TailRequest_Ack)(nil),
+	}
+	file_tidemark_v1_service_proto_msgTypes[24].OneofWrappers = []any{
+		(*TailOpen_Now)(nil),
+		(*TailOpen_Since)(nil),
+	}
+	file_tidemark_v1_service_proto_msgTypes[26].OneofWrappers = []any{
+		(*TailResponse_Assigned)(nil),
+		(*TailResponse_Batch)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tidemark_v1_service_proto_rawDesc), len(file_tidemark_v1_service_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   11,
+			NumEnums:      1,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_tidemark_v1_service_proto_goTypes,
 		DependencyIndexes: file_tidemark_v1_service_proto_depIdxs,
+		EnumInfos:         file_tidemark_v1_service_proto_enumTypes,
 		MessageInfos:      file_tidemark_v1_service_proto_msgTypes,
 	}.Build()
 	File_tidemark_v1_service_proto = out.File

@@ -24,6 +24,7 @@ const (
 	KindUserInput        Kind = 24
 	KindCancel           Kind = 25
 	KindError            Kind = 26
+	KindWorkFailed       Kind = 27
 )
 
 // unknownType is the type, in the JSON form, of an envelope whose payload this version does not know.
@@ -48,6 +49,7 @@ var kindNames = [...]string{ //nolint:gochecknoglobals // a table that nothing w
 	KindUserInput:        "user_input",
 	KindCancel:           "cancel",
 	KindError:            "error",
+	KindWorkFailed:       "work_failed",
 }
 
 // waitingForInputField is the one field name in Envelope that differs from the type in the JSON form.
@@ -155,6 +157,8 @@ func (e *Envelope) Kind() Kind {
 		return KindCancel
 	case *Envelope_Error:
 		return KindError
+	case *Envelope_WorkFailed:
+		return KindWorkFailed
 	}
 	return 0
 }

@@ -174,6 +174,10 @@ const (
 	Code_CODE_TOO_MANY_CONNECTIONS Code = 27
 	Code_CODE_TOO_MANY_SESSIONS    Code = 28
 	Code_CODE_ORIGIN_NOT_ALLOWED   Code = 29
+	Code_CODE_ALREADY_ANSWERED     Code = 30
+	Code_CODE_CANCELLED            Code = 31
+	Code_CODE_WORK_LOST            Code = 32
+	Code_CODE_WORK_NOT_FOUND       Code = 33
 )
 
 // Enum value maps for Code.
@@ -209,6 +213,10 @@ var (
 		27: "CODE_TOO_MANY_CONNECTIONS",
 		28: "CODE_TOO_MANY_SESSIONS",
 		29: "CODE_ORIGIN_NOT_ALLOWED",
+		30: "CODE_ALREADY_ANSWERED",
+		31: "CODE_CANCELLED",
+		32: "CODE_WORK_LOST",
+		33: "CODE_WORK_NOT_FOUND",
 	}
 	Code_value = map[string]int32{
 		"CODE_UNSPECIFIED":          0,
@@ -241,6 +249,10 @@ var (
 		"CODE_TOO_MANY_CONNECTIONS": 27,
 		"CODE_TOO_MANY_SESSIONS":    28,
 		"CODE_ORIGIN_NOT_ALLOWED":   29,
+		"CODE_ALREADY_ANSWERED":     30,
+		"CODE_CANCELLED":            31,
+		"CODE_WORK_LOST":            32,
+		"CODE_WORK_NOT_FOUND":       33,
 	}
 )
 
@@ -282,6 +294,13 @@ type ClientFrame struct {
 	//	*ClientFrame_Detach
 	//	*ClientFrame_Ping
 	//	*ClientFrame_Refresh
+	//	*ClientFrame_WorkSubscribe
+	//	*ClientFrame_WorkUnsubscribe
+	//	*ClientFrame_Ack
+	//	*ClientFrame_Nack
+	//	*ClientFrame_InProgress
+	//	*ClientFrame_Term
+	//	*ClientFrame_Heartbeat
 	Frame         isClientFrame_Frame `protobuf_oneof:"frame"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -378,6 +397,69 @@ func (x *ClientFrame) GetRefresh() *Refresh {
 	return nil
 }
 
+func (x *ClientFrame) GetWorkSubscribe() *WorkSubscribe {
+	if x != nil {
+		if x, ok := x.Frame.(*ClientFrame_WorkSubscribe); ok {
+			return x.WorkSubscribe
+		}
+	}
+	return nil
+}
+
+func (x *ClientFrame) GetWorkUnsubscribe() *WorkUnsubscribe {
+	if x != nil {
+		if x, ok := x.Frame.(*ClientFrame_WorkUnsubscribe); ok {
+			return x.WorkUnsubscribe
+		}
+	}
+	return nil
+}
+
+func (x *ClientFrame) GetAck() *WorkAck {
+	if x != nil {
+		if x, ok := x.Frame.(*ClientFrame_Ack); ok {
+			return x.Ack
+		}
+	}
+	return nil
+}
+
+func (x *ClientFrame) GetNack() *WorkNack {
+	if x != nil {
+		if x, ok := x.Frame.(*ClientFrame_Nack); ok {
+			return x.Nack
+		}
+	}
+	return nil
+}
+
+func (x *ClientFrame) GetInProgress() *WorkInProgress {
+	if x != nil {
+		if x, ok := x.Frame.(*ClientFrame_InProgress); ok {
+			return x.InProgress
+		}
+	}
+	return nil
+}
+
+func (x *ClientFrame) GetTerm() *WorkTerm {
+	if x != nil {
+		if x, ok := x.Frame.(*ClientFrame_Term); ok {
+			return x.Term
+		}
+	}
+	return nil
+}
+
+func (x *ClientFrame) GetHeartbeat() *Heartbeat {
+	if x != nil {
+		if x, ok := x.Frame.(*ClientFrame_Heartbeat); ok {
+			return x.Heartbeat
+		}
+	}
+	return nil
+}
+
 type isClientFrame_Frame interface {
 	isClientFrame_Frame()
 }
@@ -407,6 +489,34 @@ type ClientFrame_Refresh struct {
 	Refresh *Refresh `protobuf:"bytes,6,opt,name=refresh,proto3,oneof"`
 }
 
+type ClientFrame_WorkSubscribe struct {
+	WorkSubscribe *WorkSubscribe `protobuf:"bytes,7,opt,name=work_subscribe,json=workSubscribe,proto3,oneof"`
+}
+
+type ClientFrame_WorkUnsubscribe struct {
+	WorkUnsubscribe *WorkUnsubscribe `protobuf:"bytes,8,opt,name=work_unsubscribe,json=workUnsubscribe,proto3,oneof"`
+}
+
+type ClientFrame_Ack struct {
+	Ack *WorkAck `protobuf:"bytes,9,opt,name=ack,proto3,oneof"`
+}
+
+type ClientFrame_Nack struct {
+	Nack *WorkNack `protobuf:"bytes,10,opt,name=nack,proto3,oneof"`
+}
+
+type ClientFrame_InProgress struct {
+	InProgress *WorkInProgress `protobuf:"bytes,11,opt,name=in_progress,json=inProgress,proto3,oneof"`
+}
+
+type ClientFrame_Term struct {
+	Term *WorkTerm `protobuf:"bytes,12,opt,name=term,proto3,oneof"`
+}
+
+type ClientFrame_Heartbeat struct {
+	Heartbeat *Heartbeat `protobuf:"bytes,13,opt,name=heartbeat,proto3,oneof"`
+}
+
 func (*ClientFrame_Publish) isClientFrame_Frame() {}
 
 func (*ClientFrame_Hello) isClientFrame_Frame() {}
@@ -418,6 +528,20 @@ func (*ClientFrame_Detach) isClientFrame_Frame() {}
 func (*ClientFrame_Ping) isClientFrame_Frame() {}
 
 func (*ClientFrame_Refresh) isClientFrame_Frame() {}
+
+func (*ClientFrame_WorkSubscribe) isClientFrame_Frame() {}
+
+func (*ClientFrame_WorkUnsubscribe) isClientFrame_Frame() {}
+
+func (*ClientFrame_Ack) isClientFrame_Frame() {}
+
+func (*ClientFrame_Nack) isClientFrame_Frame() {}
+
+func (*ClientFrame_InProgress) isClientFrame_Frame() {}
+
+func (*ClientFrame_Term) isClientFrame_Frame() {}
+
+func (*ClientFrame_Heartbeat) isClientFrame_Frame() {}
 
 // ServerFrame is one message of an edge.
 type ServerFrame struct {
@@ -436,6 +560,12 @@ type ServerFrame struct {
 	//	*ServerFrame_GoingAway
 	//	*ServerFrame_Pong
 	//	*ServerFrame_Refreshed
+	//	*ServerFrame_WorkSubscribed
+	//	*ServerFrame_Work
+	//	*ServerFrame_WorkCancelled
+	//	*ServerFrame_WorkUnsubscribed
+	//	*ServerFrame_WorkRefused
+	//	*ServerFrame_Heard
 	Frame         isServerFrame_Frame `protobuf_oneof:"frame"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -586,6 +716,60 @@ func (x *ServerFrame) GetRefreshed() *Refreshed {
 	return nil
 }
 
+func (x *ServerFrame) GetWorkSubscribed() *WorkSubscribed {
+	if x != nil {
+		if x, ok := x.Frame.(*ServerFrame_WorkSubscribed); ok {
+			return x.WorkSubscribed
+		}
+	}
+	return nil
+}
+
+func (x *ServerFrame) GetWork() *Work {
+	if x != nil {
+		if x, ok := x.Frame.(*ServerFrame_Work); ok {
+			return x.Work
+		}
+	}
+	return nil
+}
+
+func (x *ServerFrame) GetWorkCancelled() *WorkCancelled {
+	if x != nil {
+		if x, ok := x.Frame.(*ServerFrame_WorkCancelled); ok {
+			return x.WorkCancelled
+		}
+	}
+	return nil
+}
+
+func (x *ServerFrame) GetWorkUnsubscribed() *WorkUnsubscribed {
+	if x != nil {
+		if x, ok := x.Frame.(*ServerFrame_WorkUnsubscribed); ok {
+			return x.WorkUnsubscribed
+		}
+	}
+	return nil
+}
+
+func (x *ServerFrame) GetWorkRefused() *WorkRefused {
+	if x != nil {
+		if x, ok := x.Frame.(*ServerFrame_WorkRefused); ok {
+			return x.WorkRefused
+		}
+	}
+	return nil
+}
+
+func (x *ServerFrame) GetHeard() *Heard {
+	if x != nil {
+		if x, ok := x.Frame.(*ServerFrame_Heard); ok {
+			return x.Heard
+		}
+	}
+	return nil
+}
+
 type isServerFrame_Frame interface {
 	isServerFrame_Frame()
 }
@@ -638,6 +822,30 @@ type ServerFrame_Refreshed struct {
 	Refreshed *Refreshed `protobuf:"bytes,12,opt,name=refreshed,proto3,oneof"`
 }
 
+type ServerFrame_WorkSubscribed struct {
+	WorkSubscribed *WorkSubscribed `protobuf:"bytes,13,opt,name=work_subscribed,json=workSubscribed,proto3,oneof"`
+}
+
+type ServerFrame_Work struct {
+	Work *Work `protobuf:"bytes,14,opt,name=work,proto3,oneof"`
+}
+
+type ServerFrame_WorkCancelled struct {
+	WorkCancelled *WorkCancelled `protobuf:"bytes,15,opt,name=work_cancelled,json=workCancelled,proto3,oneof"`
+}
+
+type ServerFrame_WorkUnsubscribed struct {
+	WorkUnsubscribed *WorkUnsubscribed `protobuf:"bytes,16,opt,name=work_unsubscribed,json=workUnsubscribed,proto3,oneof"`
+}
+
+type ServerFrame_WorkRefused struct {
+	WorkRefused *WorkRefused `protobuf:"bytes,17,opt,name=work_refused,json=workRefused,proto3,oneof"`
+}
+
+type ServerFrame_Heard struct {
+	Heard *Heard `protobuf:"bytes,18,opt,name=heard,proto3,oneof"`
+}
+
 func (*ServerFrame_Events) isServerFrame_Frame() {}
 
 func (*ServerFrame_Published) isServerFrame_Frame() {}
@@ -661,6 +869,18 @@ func (*ServerFrame_GoingAway) isServerFrame_Frame() {}
 func (*ServerFrame_Pong) isServerFrame_Frame() {}
 
 func (*ServerFrame_Refreshed) isServerFrame_Frame() {}
+
+func (*ServerFrame_WorkSubscribed) isServerFrame_Frame() {}
+
+func (*ServerFrame_Work) isServerFrame_Frame() {}
+
+func (*ServerFrame_WorkCancelled) isServerFrame_Frame() {}
+
+func (*ServerFrame_WorkUnsubscribed) isServerFrame_Frame() {}
+
+func (*ServerFrame_WorkRefused) isServerFrame_Frame() {}
+
+func (*ServerFrame_Heard) isServerFrame_Frame() {}
 
 // Hello may open a connection: it carries the token where the transport could not.
 type Hello struct {
@@ -2127,19 +2347,1027 @@ func (x *ErrorFrame) GetEpoch() string {
 	return ""
 }
 
+// WorkSubscribe makes the connection a worker of a group, which begins with its first. Needs the right to work, for every session that the group may hold.
+//
+// A group's settings are those that were last given; what a subscription leaves out stays as it is.
+type WorkSubscribe struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Chosen by the client; names this subscription in the frames to come. Unique among what is open on the connection, attachments too; above 0.
+	Channel uint32 `protobuf:"varint,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	// The group's name, unique in the tenant: 1 to 200 bytes. Each item goes to one worker of every group that wants it.
+	Group string `protobuf:"bytes,2,opt,name=group,proto3" json:"group,omitempty"`
+	// Only items of these kinds: payload types, of those that make work. All of them where a new group names none.
+	Kinds []string `protobuf:"bytes,3,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	// Only items of these sessions: names, and prefixes that end in *. All sessions where a new group names none. At most 32.
+	Sessions []string `protobuf:"bytes,4,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	// How many items the worker may have in hand: 1 to 1,000. 1 where 0.
+	Credit uint32 `protobuf:"varint,5,opt,name=credit,proto3" json:"credit,omitempty"`
+	// How long a worker may be silent about an item before others get it, in milliseconds: 100 to 43,200,000. 30,000 for a new group that says 0.
+	AckWaitMs uint64 `protobuf:"varint,6,opt,name=ack_wait_ms,json=ackWaitMs,proto3" json:"ack_wait_ms,omitempty"`
+	// How often an item is handed out before it is a dead letter: 1 to 1,000. 5 for a new group that says 0.
+	MaxDeliver uint32 `protobuf:"varint,7,opt,name=max_deliver,json=maxDeliver,proto3" json:"max_deliver,omitempty"`
+	// How long an item rests after its first, second … nack that names no delay of its own, in milliseconds; the last counts for all further. At most 32. None for a new group that says none.
+	BackoffMs []uint64 `protobuf:"varint,8,rep,packed,name=backoff_ms,json=backoffMs,proto3" json:"backoff_ms,omitempty"`
+	// Hand out the items of a session in their order, each once the one before it is settled. A group keeps what it began with.
+	Ordered bool `protobuf:"varint,9,opt,name=ordered,proto3" json:"ordered,omitempty"`
+	// A new group begins with what comes from now on; otherwise with all that is kept.
+	FromNow       bool `protobuf:"varint,10,opt,name=from_now,json=fromNow,proto3" json:"from_now,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkSubscribe) Reset() {
+	*x = WorkSubscribe{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkSubscribe) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkSubscribe) ProtoMessage() {}
+
+func (x *WorkSubscribe) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkSubscribe.ProtoReflect.Descriptor instead.
+func (*WorkSubscribe) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *WorkSubscribe) GetChannel() uint32 {
+	if x != nil {
+		return x.Channel
+	}
+	return 0
+}
+
+func (x *WorkSubscribe) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *WorkSubscribe) GetKinds() []string {
+	if x != nil {
+		return x.Kinds
+	}
+	return nil
+}
+
+func (x *WorkSubscribe) GetSessions() []string {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
+func (x *WorkSubscribe) GetCredit() uint32 {
+	if x != nil {
+		return x.Credit
+	}
+	return 0
+}
+
+func (x *WorkSubscribe) GetAckWaitMs() uint64 {
+	if x != nil {
+		return x.AckWaitMs
+	}
+	return 0
+}
+
+func (x *WorkSubscribe) GetMaxDeliver() uint32 {
+	if x != nil {
+		return x.MaxDeliver
+	}
+	return 0
+}
+
+func (x *WorkSubscribe) GetBackoffMs() []uint64 {
+	if x != nil {
+		return x.BackoffMs
+	}
+	return nil
+}
+
+func (x *WorkSubscribe) GetOrdered() bool {
+	if x != nil {
+		return x.Ordered
+	}
+	return false
+}
+
+func (x *WorkSubscribe) GetFromNow() bool {
+	if x != nil {
+		return x.FromNow
+	}
+	return false
+}
+
+// WorkSubscribed answers WorkSubscribe: the group's settings as they are now.
+type WorkSubscribed struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Channel       uint32                 `protobuf:"varint,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	Group         *WorkGroup             `protobuf:"bytes,2,opt,name=group,proto3" json:"group,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkSubscribed) Reset() {
+	*x = WorkSubscribed{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkSubscribed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkSubscribed) ProtoMessage() {}
+
+func (x *WorkSubscribed) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkSubscribed.ProtoReflect.Descriptor instead.
+func (*WorkSubscribed) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *WorkSubscribed) GetChannel() uint32 {
+	if x != nil {
+		return x.Channel
+	}
+	return 0
+}
+
+func (x *WorkSubscribed) GetGroup() *WorkGroup {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
+// WorkGroup is a group and how it is doing.
+type WorkGroup struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Group      string                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	Kinds      []string               `protobuf:"bytes,2,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	Sessions   []string               `protobuf:"bytes,3,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	AckWaitMs  uint64                 `protobuf:"varint,4,opt,name=ack_wait_ms,json=ackWaitMs,proto3" json:"ack_wait_ms,omitempty"`
+	MaxDeliver uint32                 `protobuf:"varint,5,opt,name=max_deliver,json=maxDeliver,proto3" json:"max_deliver,omitempty"`
+	BackoffMs  []uint64               `protobuf:"varint,6,rep,packed,name=backoff_ms,json=backoffMs,proto3" json:"backoff_ms,omitempty"`
+	Ordered    bool                   `protobuf:"varint,7,opt,name=ordered,proto3" json:"ordered,omitempty"`
+	// Items that wait to be handed out. Where the group takes sessions by prefix, those of other sessions are counted too.
+	Waiting uint64 `protobuf:"varint,8,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	// Items that were handed out and are not settled.
+	InHand uint64 `protobuf:"varint,9,opt,name=in_hand,json=inHand,proto3" json:"in_hand,omitempty"`
+	// Of those in hand, the items that were handed out more than once.
+	Redelivered   uint64                 `protobuf:"varint,10,opt,name=redelivered,proto3" json:"redelivered,omitempty"`
+	Created       *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=created,proto3" json:"created,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkGroup) Reset() {
+	*x = WorkGroup{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkGroup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkGroup) ProtoMessage() {}
+
+func (x *WorkGroup) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkGroup.ProtoReflect.Descriptor instead.
+func (*WorkGroup) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *WorkGroup) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *WorkGroup) GetKinds() []string {
+	if x != nil {
+		return x.Kinds
+	}
+	return nil
+}
+
+func (x *WorkGroup) GetSessions() []string {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
+func (x *WorkGroup) GetAckWaitMs() uint64 {
+	if x != nil {
+		return x.AckWaitMs
+	}
+	return 0
+}
+
+func (x *WorkGroup) GetMaxDeliver() uint32 {
+	if x != nil {
+		return x.MaxDeliver
+	}
+	return 0
+}
+
+func (x *WorkGroup) GetBackoffMs() []uint64 {
+	if x != nil {
+		return x.BackoffMs
+	}
+	return nil
+}
+
+func (x *WorkGroup) GetOrdered() bool {
+	if x != nil {
+		return x.Ordered
+	}
+	return false
+}
+
+func (x *WorkGroup) GetWaiting() uint64 {
+	if x != nil {
+		return x.Waiting
+	}
+	return 0
+}
+
+func (x *WorkGroup) GetInHand() uint64 {
+	if x != nil {
+		return x.InHand
+	}
+	return 0
+}
+
+func (x *WorkGroup) GetRedelivered() uint64 {
+	if x != nil {
+		return x.Redelivered
+	}
+	return 0
+}
+
+func (x *WorkGroup) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+// WorkUnsubscribe ends a subscription. The items in hand go back to the group at once.
+type WorkUnsubscribe struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Channel       uint32                 `protobuf:"varint,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkUnsubscribe) Reset() {
+	*x = WorkUnsubscribe{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkUnsubscribe) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkUnsubscribe) ProtoMessage() {}
+
+func (x *WorkUnsubscribe) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkUnsubscribe.ProtoReflect.Descriptor instead.
+func (*WorkUnsubscribe) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *WorkUnsubscribe) GetChannel() uint32 {
+	if x != nil {
+		return x.Channel
+	}
+	return 0
+}
+
+// WorkUnsubscribed is the last frame of a subscription.
+type WorkUnsubscribed struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Channel       uint32                 `protobuf:"varint,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkUnsubscribed) Reset() {
+	*x = WorkUnsubscribed{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkUnsubscribed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkUnsubscribed) ProtoMessage() {}
+
+func (x *WorkUnsubscribed) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkUnsubscribed.ProtoReflect.Descriptor instead.
+func (*WorkUnsubscribed) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *WorkUnsubscribed) GetChannel() uint32 {
+	if x != nil {
+		return x.Channel
+	}
+	return 0
+}
+
+// Work hands items to a worker.
+type Work struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Channel       uint32                 `protobuf:"varint,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	Items         []*WorkDelivery        `protobuf:"bytes,2,rep,name=items,proto3" json:"items,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Work) Reset() {
+	*x = Work{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Work) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Work) ProtoMessage() {}
+
+func (x *Work) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Work.ProtoReflect.Descriptor instead.
+func (*Work) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *Work) GetChannel() uint32 {
+	if x != nil {
+		return x.Channel
+	}
+	return 0
+}
+
+func (x *Work) GetItems() []*WorkDelivery {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+// WorkDelivery is an item in the hands of a worker.
+type WorkDelivery struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names this delivery in the answers; unique on the connection.
+	WorkId  uint64 `protobuf:"varint,1,opt,name=work_id,json=workId,proto3" json:"work_id,omitempty"`
+	Session string `protobuf:"bytes,2,opt,name=session,proto3" json:"session,omitempty"`
+	// The session's history.
+	Epoch string `protobuf:"bytes,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// How often the item was handed out, this time included.
+	Attempt uint32 `protobuf:"varint,4,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// By when the worker must settle it or say in_progress, by the edge's clock; then it may be handed to others.
+	Deadline *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	// The envelope that makes the work.
+	Envelope *Envelope `protobuf:"bytes,6,opt,name=envelope,proto3" json:"envelope,omitempty"`
+	// The run, the request or the session was cancelled before the item was handed out.
+	Cancelled     bool `protobuf:"varint,7,opt,name=cancelled,proto3" json:"cancelled,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkDelivery) Reset() {
+	*x = WorkDelivery{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkDelivery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkDelivery) ProtoMessage() {}
+
+func (x *WorkDelivery) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkDelivery.ProtoReflect.Descriptor instead.
+func (*WorkDelivery) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *WorkDelivery) GetWorkId() uint64 {
+	if x != nil {
+		return x.WorkId
+	}
+	return 0
+}
+
+func (x *WorkDelivery) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *WorkDelivery) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *WorkDelivery) GetAttempt() uint32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
+func (x *WorkDelivery) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+func (x *WorkDelivery) GetEnvelope() *Envelope {
+	if x != nil {
+		return x.Envelope
+	}
+	return nil
+}
+
+func (x *WorkDelivery) GetCancelled() bool {
+	if x != nil {
+		return x.Cancelled
+	}
+	return false
+}
+
+// WorkAck settles items: they are done.
+type WorkAck struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	WorkIds       []uint64               `protobuf:"varint,1,rep,packed,name=work_ids,json=workIds,proto3" json:"work_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkAck) Reset() {
+	*x = WorkAck{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkAck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkAck) ProtoMessage() {}
+
+func (x *WorkAck) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkAck.ProtoReflect.Descriptor instead.
+func (*WorkAck) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *WorkAck) GetWorkIds() []uint64 {
+	if x != nil {
+		return x.WorkIds
+	}
+	return nil
+}
+
+// WorkNack gives an item back: it is handed out again, to anybody, until it was as often as the group allows.
+type WorkNack struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	WorkId uint64                 `protobuf:"varint,1,opt,name=work_id,json=workId,proto3" json:"work_id,omitempty"`
+	// How long it rests before, in milliseconds; left out: as the group's backoff says.
+	DelayMs *uint64 `protobuf:"varint,2,opt,name=delay_ms,json=delayMs,proto3,oneof" json:"delay_ms,omitempty"`
+	// Why, for people: it stands in the dead letter, if it becomes one.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkNack) Reset() {
+	*x = WorkNack{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkNack) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkNack) ProtoMessage() {}
+
+func (x *WorkNack) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkNack.ProtoReflect.Descriptor instead.
+func (*WorkNack) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *WorkNack) GetWorkId() uint64 {
+	if x != nil {
+		return x.WorkId
+	}
+	return 0
+}
+
+func (x *WorkNack) GetDelayMs() uint64 {
+	if x != nil && x.DelayMs != nil {
+		return *x.DelayMs
+	}
+	return 0
+}
+
+func (x *WorkNack) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// WorkInProgress says that an item is being worked on: its deadline begins anew.
+type WorkInProgress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	WorkIds       []uint64               `protobuf:"varint,1,rep,packed,name=work_ids,json=workIds,proto3" json:"work_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkInProgress) Reset() {
+	*x = WorkInProgress{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkInProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkInProgress) ProtoMessage() {}
+
+func (x *WorkInProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkInProgress.ProtoReflect.Descriptor instead.
+func (*WorkInProgress) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *WorkInProgress) GetWorkIds() []uint64 {
+	if x != nil {
+		return x.WorkIds
+	}
+	return nil
+}
+
+// WorkTerm settles an item for good: nobody can do it. It is a dead letter.
+type WorkTerm struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	WorkId uint64                 `protobuf:"varint,1,opt,name=work_id,json=workId,proto3" json:"work_id,omitempty"`
+	// Why, for people.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkTerm) Reset() {
+	*x = WorkTerm{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkTerm) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkTerm) ProtoMessage() {}
+
+func (x *WorkTerm) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkTerm.ProtoReflect.Descriptor instead.
+func (*WorkTerm) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *WorkTerm) GetWorkId() uint64 {
+	if x != nil {
+		return x.WorkId
+	}
+	return 0
+}
+
+func (x *WorkTerm) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// WorkRefused says that an answer was about an item that this connection does not hold any more, or never did: settled before, or past its deadline and handed to others.
+type WorkRefused struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	WorkId        uint64                 `protobuf:"varint,1,opt,name=work_id,json=workId,proto3" json:"work_id,omitempty"`
+	Code          Code                   `protobuf:"varint,2,opt,name=code,proto3,enum=tidemark.v1.Code" json:"code,omitempty"`
+	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkRefused) Reset() {
+	*x = WorkRefused{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkRefused) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkRefused) ProtoMessage() {}
+
+func (x *WorkRefused) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkRefused.ProtoReflect.Descriptor instead.
+func (*WorkRefused) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *WorkRefused) GetWorkId() uint64 {
+	if x != nil {
+		return x.WorkId
+	}
+	return 0
+}
+
+func (x *WorkRefused) GetCode() Code {
+	if x != nil {
+		return x.Code
+	}
+	return Code_CODE_UNSPECIFIED
+}
+
+func (x *WorkRefused) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+// WorkCancelled says that what an item belongs to was cancelled: stop, and settle the item.
+type WorkCancelled struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Channel uint32                 `protobuf:"varint,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	WorkId  uint64                 `protobuf:"varint,2,opt,name=work_id,json=workId,proto3" json:"work_id,omitempty"`
+	// The seq of the cancel in the session.
+	Seq uint64 `protobuf:"varint,3,opt,name=seq,proto3" json:"seq,omitempty"`
+	// Why, for people.
+	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkCancelled) Reset() {
+	*x = WorkCancelled{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkCancelled) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkCancelled) ProtoMessage() {}
+
+func (x *WorkCancelled) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkCancelled.ProtoReflect.Descriptor instead.
+func (*WorkCancelled) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *WorkCancelled) GetChannel() uint32 {
+	if x != nil {
+		return x.Channel
+	}
+	return 0
+}
+
+func (x *WorkCancelled) GetWorkId() uint64 {
+	if x != nil {
+		return x.WorkId
+	}
+	return 0
+}
+
+func (x *WorkCancelled) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *WorkCancelled) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// Heartbeat says that this connection keeps a run alive. It lasts as long as the connection, and need not be repeated on it. Who publishes start_run or run_status as an agent or a worker, and who holds a
+// start_run as work, keeps the run without saying so.
+type Heartbeat struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Session string                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
+	// Empty: the session's only run.
+	RunId         string `protobuf:"bytes,2,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Heartbeat) Reset() {
+	*x = Heartbeat{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Heartbeat) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Heartbeat) ProtoMessage() {}
+
+func (x *Heartbeat) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
+func (*Heartbeat) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *Heartbeat) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *Heartbeat) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+// Heard answers Heartbeat.
+type Heard struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Session       string                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
+	RunId         string                 `protobuf:"bytes,2,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Heard) Reset() {
+	*x = Heard{}
+	mi := &file_tidemark_v1_wire_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Heard) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Heard) ProtoMessage() {}
+
+func (x *Heard) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_wire_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Heard.ProtoReflect.Descriptor instead.
+func (*Heard) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_wire_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *Heard) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *Heard) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
 var File_tidemark_v1_wire_proto protoreflect.FileDescriptor
 
 const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\n" +
-	"\x16tidemark/v1/wire.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidemark/v1/envelope.proto\"\xad\x02\n" +
+	"\x16tidemark/v1/wire.proto\x12\vtidemark.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidemark/v1/envelope.proto\"\xb9\x05\n" +
 	"\vClientFrame\x120\n" +
 	"\apublish\x18\x01 \x01(\v2\x14.tidemark.v1.PublishH\x00R\apublish\x12*\n" +
 	"\x05hello\x18\x02 \x01(\v2\x12.tidemark.v1.HelloH\x00R\x05hello\x12-\n" +
 	"\x06attach\x18\x03 \x01(\v2\x13.tidemark.v1.AttachH\x00R\x06attach\x12-\n" +
 	"\x06detach\x18\x04 \x01(\v2\x13.tidemark.v1.DetachH\x00R\x06detach\x12'\n" +
 	"\x04ping\x18\x05 \x01(\v2\x11.tidemark.v1.PingH\x00R\x04ping\x120\n" +
-	"\arefresh\x18\x06 \x01(\v2\x14.tidemark.v1.RefreshH\x00R\arefreshB\a\n" +
-	"\x05frame\"\x87\x05\n" +
+	"\arefresh\x18\x06 \x01(\v2\x14.tidemark.v1.RefreshH\x00R\arefresh\x12C\n" +
+	"\x0ework_subscribe\x18\a \x01(\v2\x1a.tidemark.v1.WorkSubscribeH\x00R\rworkSubscribe\x12I\n" +
+	"\x10work_unsubscribe\x18\b \x01(\v2\x1c.tidemark.v1.WorkUnsubscribeH\x00R\x0fworkUnsubscribe\x12(\n" +
+	"\x03ack\x18\t \x01(\v2\x14.tidemark.v1.WorkAckH\x00R\x03ack\x12+\n" +
+	"\x04nack\x18\n" +
+	" \x01(\v2\x15.tidemark.v1.WorkNackH\x00R\x04nack\x12>\n" +
+	"\vin_progress\x18\v \x01(\v2\x1b.tidemark.v1.WorkInProgressH\x00R\n" +
+	"inProgress\x12+\n" +
+	"\x04term\x18\f \x01(\v2\x15.tidemark.v1.WorkTermH\x00R\x04term\x126\n" +
+	"\theartbeat\x18\r \x01(\v2\x16.tidemark.v1.HeartbeatH\x00R\theartbeatB\a\n" +
+	"\x05frame\"\xf6\a\n" +
 	"\vServerFrame\x12-\n" +
 	"\x06events\x18\x01 \x01(\v2\x13.tidemark.v1.EventsH\x00R\x06events\x126\n" +
 	"\tpublished\x18\x02 \x01(\v2\x16.tidemark.v1.PublishedH\x00R\tpublished\x123\n" +
@@ -2154,7 +3382,13 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"going_away\x18\n" +
 	" \x01(\v2\x16.tidemark.v1.GoingAwayH\x00R\tgoingAway\x12'\n" +
 	"\x04pong\x18\v \x01(\v2\x11.tidemark.v1.PongH\x00R\x04pong\x126\n" +
-	"\trefreshed\x18\f \x01(\v2\x16.tidemark.v1.RefreshedH\x00R\trefreshedB\a\n" +
+	"\trefreshed\x18\f \x01(\v2\x16.tidemark.v1.RefreshedH\x00R\trefreshed\x12F\n" +
+	"\x0fwork_subscribed\x18\r \x01(\v2\x1b.tidemark.v1.WorkSubscribedH\x00R\x0eworkSubscribed\x12'\n" +
+	"\x04work\x18\x0e \x01(\v2\x11.tidemark.v1.WorkH\x00R\x04work\x12C\n" +
+	"\x0ework_cancelled\x18\x0f \x01(\v2\x1a.tidemark.v1.WorkCancelledH\x00R\rworkCancelled\x12L\n" +
+	"\x11work_unsubscribed\x18\x10 \x01(\v2\x1d.tidemark.v1.WorkUnsubscribedH\x00R\x10workUnsubscribed\x12=\n" +
+	"\fwork_refused\x18\x11 \x01(\v2\x18.tidemark.v1.WorkRefusedH\x00R\vworkRefused\x12*\n" +
+	"\x05heard\x18\x12 \x01(\v2\x12.tidemark.v1.HeardH\x00R\x05heardB\a\n" +
 	"\x05frame\"5\n" +
 	"\x05Hello\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x16\n" +
@@ -2274,7 +3508,81 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\x05epoch\x18\a \x01(\tR\x05epochB\f\n" +
 	"\n" +
 	"_first_seqB\v\n" +
-	"\t_head_seq*\x83\x01\n" +
+	"\t_head_seq\"\x9e\x02\n" +
+	"\rWorkSubscribe\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\rR\achannel\x12\x14\n" +
+	"\x05group\x18\x02 \x01(\tR\x05group\x12\x14\n" +
+	"\x05kinds\x18\x03 \x03(\tR\x05kinds\x12\x1a\n" +
+	"\bsessions\x18\x04 \x03(\tR\bsessions\x12\x16\n" +
+	"\x06credit\x18\x05 \x01(\rR\x06credit\x12\x1e\n" +
+	"\vack_wait_ms\x18\x06 \x01(\x04R\tackWaitMs\x12\x1f\n" +
+	"\vmax_deliver\x18\a \x01(\rR\n" +
+	"maxDeliver\x12\x1d\n" +
+	"\n" +
+	"backoff_ms\x18\b \x03(\x04R\tbackoffMs\x12\x18\n" +
+	"\aordered\x18\t \x01(\bR\aordered\x12\x19\n" +
+	"\bfrom_now\x18\n" +
+	" \x01(\bR\afromNow\"X\n" +
+	"\x0eWorkSubscribed\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\rR\achannel\x12,\n" +
+	"\x05group\x18\x02 \x01(\v2\x16.tidemark.v1.WorkGroupR\x05group\"\xd8\x02\n" +
+	"\tWorkGroup\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12\x14\n" +
+	"\x05kinds\x18\x02 \x03(\tR\x05kinds\x12\x1a\n" +
+	"\bsessions\x18\x03 \x03(\tR\bsessions\x12\x1e\n" +
+	"\vack_wait_ms\x18\x04 \x01(\x04R\tackWaitMs\x12\x1f\n" +
+	"\vmax_deliver\x18\x05 \x01(\rR\n" +
+	"maxDeliver\x12\x1d\n" +
+	"\n" +
+	"backoff_ms\x18\x06 \x03(\x04R\tbackoffMs\x12\x18\n" +
+	"\aordered\x18\a \x01(\bR\aordered\x12\x18\n" +
+	"\awaiting\x18\b \x01(\x04R\awaiting\x12\x17\n" +
+	"\ain_hand\x18\t \x01(\x04R\x06inHand\x12 \n" +
+	"\vredelivered\x18\n" +
+	" \x01(\x04R\vredelivered\x124\n" +
+	"\acreated\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"+\n" +
+	"\x0fWorkUnsubscribe\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\rR\achannel\",\n" +
+	"\x10WorkUnsubscribed\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\rR\achannel\"Q\n" +
+	"\x04Work\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\rR\achannel\x12/\n" +
+	"\x05items\x18\x02 \x03(\v2\x19.tidemark.v1.WorkDeliveryR\x05items\"\xfa\x01\n" +
+	"\fWorkDelivery\x12\x17\n" +
+	"\awork_id\x18\x01 \x01(\x04R\x06workId\x12\x18\n" +
+	"\asession\x18\x02 \x01(\tR\asession\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\tR\x05epoch\x12\x18\n" +
+	"\aattempt\x18\x04 \x01(\rR\aattempt\x126\n" +
+	"\bdeadline\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x121\n" +
+	"\benvelope\x18\x06 \x01(\v2\x15.tidemark.v1.EnvelopeR\benvelope\x12\x1c\n" +
+	"\tcancelled\x18\a \x01(\bR\tcancelled\"$\n" +
+	"\aWorkAck\x12\x19\n" +
+	"\bwork_ids\x18\x01 \x03(\x04R\aworkIds\"h\n" +
+	"\bWorkNack\x12\x17\n" +
+	"\awork_id\x18\x01 \x01(\x04R\x06workId\x12\x1e\n" +
+	"\bdelay_ms\x18\x02 \x01(\x04H\x00R\adelayMs\x88\x01\x01\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reasonB\v\n" +
+	"\t_delay_ms\"+\n" +
+	"\x0eWorkInProgress\x12\x19\n" +
+	"\bwork_ids\x18\x01 \x03(\x04R\aworkIds\";\n" +
+	"\bWorkTerm\x12\x17\n" +
+	"\awork_id\x18\x01 \x01(\x04R\x06workId\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"g\n" +
+	"\vWorkRefused\x12\x17\n" +
+	"\awork_id\x18\x01 \x01(\x04R\x06workId\x12%\n" +
+	"\x04code\x18\x02 \x01(\x0e2\x11.tidemark.v1.CodeR\x04code\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"l\n" +
+	"\rWorkCancelled\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\rR\achannel\x12\x17\n" +
+	"\awork_id\x18\x02 \x01(\x04R\x06workId\x12\x10\n" +
+	"\x03seq\x18\x03 \x01(\x04R\x03seq\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"<\n" +
+	"\tHeartbeat\x12\x18\n" +
+	"\asession\x18\x01 \x01(\tR\asession\x12\x15\n" +
+	"\x06run_id\x18\x02 \x01(\tR\x05runId\"8\n" +
+	"\x05Heard\x12\x18\n" +
+	"\asession\x18\x01 \x01(\tR\asession\x12\x15\n" +
+	"\x06run_id\x18\x02 \x01(\tR\x05runId*\x83\x01\n" +
 	"\n" +
 	"Durability\x12\x1a\n" +
 	"\x16DURABILITY_UNSPECIFIED\x10\x00\x12\x15\n" +
@@ -2286,7 +3594,7 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\x15RECONNECT_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fRECONNECT_NO\x10\x01\x12\x19\n" +
 	"\x15RECONNECT_SAME_CURSOR\x10\x02\x12\x17\n" +
-	"\x13RECONNECT_BEGINNING\x10\x03*\xe4\x05\n" +
+	"\x13RECONNECT_BEGINNING\x10\x03*\xc0\x06\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14CODE_INVALID_MESSAGE\x10\x01\x12\x15\n" +
@@ -2318,7 +3626,11 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\x12CODE_TOKEN_EXPIRED\x10\x1a\x12\x1d\n" +
 	"\x19CODE_TOO_MANY_CONNECTIONS\x10\x1b\x12\x1a\n" +
 	"\x16CODE_TOO_MANY_SESSIONS\x10\x1c\x12\x1b\n" +
-	"\x17CODE_ORIGIN_NOT_ALLOWED\x10\x1dB\x18Z\x16tidemark/schema;schemab\x06proto3"
+	"\x17CODE_ORIGIN_NOT_ALLOWED\x10\x1d\x12\x19\n" +
+	"\x15CODE_ALREADY_ANSWERED\x10\x1e\x12\x12\n" +
+	"\x0eCODE_CANCELLED\x10\x1f\x12\x12\n" +
+	"\x0eCODE_WORK_LOST\x10 \x12\x17\n" +
+	"\x13CODE_WORK_NOT_FOUND\x10!B\x18Z\x16tidemark/schema;schemab\x06proto3"
 
 var (
 	file_tidemark_v1_wire_proto_rawDescOnce sync.Once
@@ -2333,7 +3645,7 @@ func file_tidemark_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_tidemark_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_tidemark_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_tidemark_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_tidemark_v1_wire_proto_goTypes = []any{
 	(Durability)(0),               // 0: tidemark.v1.Durability
 	(Reconnect)(0),                // 1: tidemark.v1.Reconnect
@@ -2360,10 +3672,25 @@ var file_tidemark_v1_wire_proto_goTypes = []any{
 	(*Pong)(nil),                  // 22: tidemark.v1.Pong
 	(*GoingAway)(nil),             // 23: tidemark.v1.GoingAway
 	(*ErrorFrame)(nil),            // 24: tidemark.v1.ErrorFrame
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
-	(*Source)(nil),                // 26: tidemark.v1.Source
-	(Status)(0),                   // 27: tidemark.v1.Status
-	(*Envelope)(nil),              // 28: tidemark.v1.Envelope
+	(*WorkSubscribe)(nil),         // 25: tidemark.v1.WorkSubscribe
+	(*WorkSubscribed)(nil),        // 26: tidemark.v1.WorkSubscribed
+	(*WorkGroup)(nil),             // 27: tidemark.v1.WorkGroup
+	(*WorkUnsubscribe)(nil),       // 28: tidemark.v1.WorkUnsubscribe
+	(*WorkUnsubscribed)(nil),      // 29: tidemark.v1.WorkUnsubscribed
+	(*Work)(nil),                  // 30: tidemark.v1.Work
+	(*WorkDelivery)(nil),          // 31: tidemark.v1.WorkDelivery
+	(*WorkAck)(nil),               // 32: tidemark.v1.WorkAck
+	(*WorkNack)(nil),              // 33: tidemark.v1.WorkNack
+	(*WorkInProgress)(nil),        // 34: tidemark.v1.WorkInProgress
+	(*WorkTerm)(nil),              // 35: tidemark.v1.WorkTerm
+	(*WorkRefused)(nil),           // 36: tidemark.v1.WorkRefused
+	(*WorkCancelled)(nil),         // 37: tidemark.v1.WorkCancelled
+	(*Heartbeat)(nil),             // 38: tidemark.v1.Heartbeat
+	(*Heard)(nil),                 // 39: tidemark.v1.Heard
+	(*timestamppb.Timestamp)(nil), // 40: google.protobuf.Timestamp
+	(*Source)(nil),                // 41: tidemark.v1.Source
+	(Status)(0),                   // 42: tidemark.v1.Status
+	(*Envelope)(nil),              // 43: tidemark.v1.Envelope
 }
 var file_tidemark_v1_wire_proto_depIdxs = []int32{
 	14, // 0: tidemark.v1.ClientFrame.publish:type_name -> tidemark.v1.Publish
@@ -2372,37 +3699,56 @@ var file_tidemark_v1_wire_proto_depIdxs = []int32{
 	12, // 3: tidemark.v1.ClientFrame.detach:type_name -> tidemark.v1.Detach
 	21, // 4: tidemark.v1.ClientFrame.ping:type_name -> tidemark.v1.Ping
 	6,  // 5: tidemark.v1.ClientFrame.refresh:type_name -> tidemark.v1.Refresh
-	18, // 6: tidemark.v1.ServerFrame.events:type_name -> tidemark.v1.Events
-	15, // 7: tidemark.v1.ServerFrame.published:type_name -> tidemark.v1.Published
-	17, // 8: tidemark.v1.ServerFrame.rejected:type_name -> tidemark.v1.Rejected
-	8,  // 9: tidemark.v1.ServerFrame.welcome:type_name -> tidemark.v1.Welcome
-	11, // 10: tidemark.v1.ServerFrame.attached:type_name -> tidemark.v1.Attached
-	13, // 11: tidemark.v1.ServerFrame.detached:type_name -> tidemark.v1.Detached
-	19, // 12: tidemark.v1.ServerFrame.caught_up:type_name -> tidemark.v1.CaughtUp
-	20, // 13: tidemark.v1.ServerFrame.truncated:type_name -> tidemark.v1.Truncated
-	24, // 14: tidemark.v1.ServerFrame.error:type_name -> tidemark.v1.ErrorFrame
-	23, // 15: tidemark.v1.ServerFrame.going_away:type_name -> tidemark.v1.GoingAway
-	22, // 16: tidemark.v1.ServerFrame.pong:type_name -> tidemark.v1.Pong
-	7,  // 17: tidemark.v1.ServerFrame.refreshed:type_name -> tidemark.v1.Refreshed
-	25, // 18: tidemark.v1.Refreshed.expires:type_name -> google.protobuf.Timestamp
-	0,  // 19: tidemark.v1.Welcome.durability:type_name -> tidemark.v1.Durability
-	9,  // 20: tidemark.v1.Welcome.limits:type_name -> tidemark.v1.Limits
-	26, // 21: tidemark.v1.Welcome.principal:type_name -> tidemark.v1.Source
-	25, // 22: tidemark.v1.Welcome.expires:type_name -> google.protobuf.Timestamp
-	25, // 23: tidemark.v1.Attach.since:type_name -> google.protobuf.Timestamp
-	27, // 24: tidemark.v1.Attached.status:type_name -> tidemark.v1.Status
-	28, // 25: tidemark.v1.Publish.envelopes:type_name -> tidemark.v1.Envelope
-	0,  // 26: tidemark.v1.Published.durability:type_name -> tidemark.v1.Durability
-	16, // 27: tidemark.v1.Published.acks:type_name -> tidemark.v1.Ack
-	2,  // 28: tidemark.v1.Rejected.code:type_name -> tidemark.v1.Code
-	28, // 29: tidemark.v1.Events.envelopes:type_name -> tidemark.v1.Envelope
-	2,  // 30: tidemark.v1.ErrorFrame.code:type_name -> tidemark.v1.Code
-	1,  // 31: tidemark.v1.ErrorFrame.reconnect:type_name -> tidemark.v1.Reconnect
-	32, // [32:32] is the sub-list for method output_type
-	32, // [32:32] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	25, // 6: tidemark.v1.ClientFrame.work_subscribe:type_name -> tidemark.v1.WorkSubscribe
+	28, // 7: tidemark.v1.ClientFrame.work_unsubscribe:type_name -> tidemark.v1.WorkUnsubscribe
+	32, // 8: tidemark.v1.ClientFrame.ack:type_name -> tidemark.v1.WorkAck
+	33, // 9: tidemark.v1.ClientFrame.nack:type_name -> tidemark.v1.WorkNack
+	34, // 10: tidemark.v1.ClientFrame.in_progress:type_name -> tidemark.v1.WorkInProgress
+	35, // 11: tidemark.v1.ClientFrame.term:type_name -> tidemark.v1.WorkTerm
+	38, // 12: tidemark.v1.ClientFrame.heartbeat:type_name -> tidemark.v1.Heartbeat
+	18, // 13: tidemark.v1.ServerFrame.events:type_name -> tidemark.v1.Events
+	15, // 14: tidemark.v1.ServerFrame.published:type_name -> tidemark.v1.Published
+	17, // 15: tidemark.v1.ServerFrame.rejected:type_name -> tidemark.v1.Rejected
+	8,  // 16: tidemark.v1.ServerFrame.welcome:type_name -> tidemark.v1.Welcome
+	11, // 17: tidemark.v1.ServerFrame.attached:type_name -> tidemark.v1.Attached
+	13, // 18: tidemark.v1.ServerFrame.detached:type_name -> tidemark.v1.Detached
+	19, // 19: tidemark.v1.ServerFrame.caught_up:type_name -> tidemark.v1.CaughtUp
+	20, // 20: tidemark.v1.ServerFrame.truncated:type_name -> tidemark.v1.Truncated
+	24, // 21: tidemark.v1.ServerFrame.error:type_name -> tidemark.v1.ErrorFrame
+	23, // 22: tidemark.v1.ServerFrame.going_away:type_name -> tidemark.v1.GoingAway
+	22, // 23: tidemark.v1.ServerFrame.pong:type_name -> tidemark.v1.Pong
+	7,  // 24: tidemark.v1.ServerFrame.refreshed:type_name -> tidemark.v1.Refreshed
+	26, // 25: tidemark.v1.ServerFrame.work_subscribed:type_name -> tidemark.v1.WorkSubscribed
+	30, // 26: tidemark.v1.ServerFrame.work:type_name -> tidemark.v1.Work
+	37, // 27: tidemark.v1.ServerFrame.work_cancelled:type_name -> tidemark.v1.WorkCancelled
+	29, // 28: tidemark.v1.ServerFrame.work_unsubscribed:type_name -> tidemark.v1.WorkUnsubscribed
+	36, // 29: tidemark.v1.ServerFrame.work_refused:type_name -> tidemark.v1.WorkRefused
+	39, // 30: tidemark.v1.ServerFrame.heard:type_name -> tidemark.v1.Heard
+	40, // 31: tidemark.v1.Refreshed.expires:type_name -> google.protobuf.Timestamp
+	0,  // 32: tidemark.v1.Welcome.durability:type_name -> tidemark.v1.Durability
+	9,  // 33: tidemark.v1.Welcome.limits:type_name -> tidemark.v1.Limits
+	41, // 34: tidemark.v1.Welcome.principal:type_name -> tidemark.v1.Source
+	40, // 35: tidemark.v1.Welcome.expires:type_name -> google.protobuf.Timestamp
+	40, // 36: tidemark.v1.Attach.since:type_name -> google.protobuf.Timestamp
+	42, // 37: tidemark.v1.Attached.status:type_name -> tidemark.v1.Status
+	43, // 38: tidemark.v1.Publish.envelopes:type_name -> tidemark.v1.Envelope
+	0,  // 39: tidemark.v1.Published.durability:type_name -> tidemark.v1.Durability
+	16, // 40: tidemark.v1.Published.acks:type_name -> tidemark.v1.Ack
+	2,  // 41: tidemark.v1.Rejected.code:type_name -> tidemark.v1.Code
+	43, // 42: tidemark.v1.Events.envelopes:type_name -> tidemark.v1.Envelope
+	2,  // 43: tidemark.v1.ErrorFrame.code:type_name -> tidemark.v1.Code
+	1,  // 44: tidemark.v1.ErrorFrame.reconnect:type_name -> tidemark.v1.Reconnect
+	27, // 45: tidemark.v1.WorkSubscribed.group:type_name -> tidemark.v1.WorkGroup
+	40, // 46: tidemark.v1.WorkGroup.created:type_name -> google.protobuf.Timestamp
+	31, // 47: tidemark.v1.Work.items:type_name -> tidemark.v1.WorkDelivery
+	40, // 48: tidemark.v1.WorkDelivery.deadline:type_name -> google.protobuf.Timestamp
+	43, // 49: tidemark.v1.WorkDelivery.envelope:type_name -> tidemark.v1.Envelope
+	2,  // 50: tidemark.v1.WorkRefused.code:type_name -> tidemark.v1.Code
+	51, // [51:51] is the sub-list for method output_type
+	51, // [51:51] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_wire_proto_init() }
@@ -2418,6 +3764,13 @@ func file_tidemark_v1_wire_proto_init() {
 		(*ClientFrame_Detach)(nil),
 		(*ClientFrame_Ping)(nil),
 		(*ClientFrame_Refresh)(nil),
+		(*ClientFrame_WorkSubscribe)(nil),
+		(*ClientFrame_WorkUnsubscribe)(nil),
+		(*ClientFrame_Ack)(nil),
+		(*ClientFrame_Nack)(nil),
+		(*ClientFrame_InProgress)(nil),
+		(*ClientFrame_Term)(nil),
+		(*ClientFrame_Heartbeat)(nil),
 	}
 	file_tidemark_v1_wire_proto_msgTypes[1].OneofWrappers = []any{
 		(*ServerFrame_Events)(nil),
@@ -2432,6 +3785,12 @@ func file_tidemark_v1_wire_proto_init() {
 		(*ServerFrame_GoingAway)(nil),
 		(*ServerFrame_Pong)(nil),
 		(*ServerFrame_Refreshed)(nil),
+		(*ServerFrame_WorkSubscribed)(nil),
+		(*ServerFrame_Work)(nil),
+		(*ServerFrame_WorkCancelled)(nil),
+		(*ServerFrame_WorkUnsubscribed)(nil),
+		(*ServerFrame_WorkRefused)(nil),
+		(*ServerFrame_Heard)(nil),
 	}
 	file_tidemark_v1_wire_proto_msgTypes[7].OneofWrappers = []any{
 		(*Attach_AfterSeq)(nil),
@@ -2442,13 +3801,14 @@ func file_tidemark_v1_wire_proto_init() {
 	file_tidemark_v1_wire_proto_msgTypes[11].OneofWrappers = []any{}
 	file_tidemark_v1_wire_proto_msgTypes[14].OneofWrappers = []any{}
 	file_tidemark_v1_wire_proto_msgTypes[21].OneofWrappers = []any{}
+	file_tidemark_v1_wire_proto_msgTypes[30].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tidemark_v1_wire_proto_rawDesc), len(file_tidemark_v1_wire_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   22,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

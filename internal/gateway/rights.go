@@ -42,8 +42,8 @@ func kindsOf(all ...schema.Kind) (k kinds) {
 // has says whether a kind is in the set. It is asked for every envelope. A number beyond the set's, of a payload that this version does not know, is not.
 func (k kinds) has(kind schema.Kind) bool { return k&(1<<uint(kind)) != 0 }
 
-// everything a sender may publish. SessionCreated is none of it: it comes through CreateSession alone, with the right to [Create].
-var everything = kindsOf(schema.Kinds()...) &^ kindsOf(schema.KindSessionCreated) //nolint:gochecknoglobals // a table that nothing writes
+// everything a sender may publish. SessionCreated is none of it: it comes through CreateSession alone, with the right to [Create]. WorkFailed is Tidemark's own word.
+var everything = kindsOf(schema.Kinds()...) &^ kindsOf(schema.KindSessionCreated, schema.KindWorkFailed) //nolint:gochecknoglobals // a table that nothing writes
 
 // right is what a role may do, with the sessions that its token names.
 type right struct {

@@ -62,6 +62,8 @@ func specimen(k schema.Kind) *schema.Envelope {
 		return &schema.Envelope{Payload: &schema.Envelope_Cancel{Cancel: &schema.Cancel{Target: &schema.Cancel_Session{Session: true}}}}
 	case schema.KindError:
 		return &schema.Envelope{Payload: &schema.Envelope_Error{Error: &schema.Error{Error: "e", Recoverable: new(true)}}}
+	case schema.KindWorkFailed:
+		return &schema.Envelope{Payload: &schema.Envelope_WorkFailed{WorkFailed: &schema.WorkFailed{Group: "g", Reason: "r"}}}
 	}
 	return nil
 }

@@ -56,6 +56,22 @@ const (
 	SessionServiceFollowProcedure = "/tidemark.v1.SessionService/Follow"
 	// SessionServiceConnectProcedure is the fully-qualified name of the SessionService's Connect RPC.
 	SessionServiceConnectProcedure = "/tidemark.v1.SessionService/Connect"
+	// SessionServiceWorkProcedure is the fully-qualified name of the SessionService's Work RPC.
+	SessionServiceWorkProcedure = "/tidemark.v1.SessionService/Work"
+	// SessionServiceKeepRunProcedure is the fully-qualified name of the SessionService's KeepRun RPC.
+	SessionServiceKeepRunProcedure = "/tidemark.v1.SessionService/KeepRun"
+	// SessionServiceListWorkGroupsProcedure is the fully-qualified name of the SessionService's
+	// ListWorkGroups RPC.
+	SessionServiceListWorkGroupsProcedure = "/tidemark.v1.SessionService/ListWorkGroups"
+	// SessionServiceListWorkProcedure is the fully-qualified name of the SessionService's ListWork RPC.
+	SessionServiceListWorkProcedure = "/tidemark.v1.SessionService/ListWork"
+	// SessionServiceListDeadLettersProcedure is the fully-qualified name of the SessionService's
+	// ListDeadLetters RPC.
+	SessionServiceListDeadLettersProcedure = "/tidemark.v1.SessionService/ListDeadLetters"
+	// SessionServiceRedriveProcedure is the fully-qualified name of the SessionService's Redrive RPC.
+	SessionServiceRedriveProcedure = "/tidemark.v1.SessionService/Redrive"
+	// SessionServiceTailProcedure is the fully-qualified name of the SessionService's Tail RPC.
+	SessionServiceTailProcedure = "/tidemark.v1.SessionService/Tail"
 )
 
 // SessionServiceClient is a client for the tidemark.v1.SessionService service.
@@ -76,6 +92,20 @@ type SessionServiceClient interface {
 	Follow(context.Context, *schema.Attach) (*connect.ServerStreamForClient[schema.ServerFrame], error)
 	// The multiplexed connection, the same frames as on the WebSocket `/v1/connect`.
 	Connect(context.Context) (*connect.BidiStreamForClientSimple[schema.ClientFrame, schema.ServerFrame], error)
+	// For workers: the frames of Connect but hello, attach and detach.
+	Work(context.Context) (*connect.BidiStreamForClientSimple[schema.ClientFrame, schema.ServerFrame], error)
+	// Keeps a run alive for agents without a connection, once, for as long as the run may be without an agent.
+	KeepRun(context.Context, *schema.KeepRunRequest) (*schema.KeepRunResponse, error)
+	// Lists the tenant's groups.
+	ListWorkGroups(context.Context, *schema.ListWorkGroupsRequest) (*schema.ListWorkGroupsResponse, error)
+	// Lists items that a group has not settled, or all that are kept, the oldest first.
+	ListWork(context.Context, *schema.ListWorkRequest) (*schema.ListWorkResponse, error)
+	// Lists dead letters, the oldest first.
+	ListDeadLetters(context.Context, *schema.ListDeadLettersRequest) (*schema.ListDeadLettersResponse, error)
+	// Hands dead letters to their groups again. Asked twice, it does so once.
+	Redrive(context.Context, *schema.RedriveRequest) (*schema.RedriveResponse, error)
+	// Reads all sessions that the token may read, as a member of a durable group that shares the load.
+	Tail(context.Context) (*connect.BidiStreamForClientSimple[schema.TailRequest, schema.TailResponse], error)
 }
 
 // NewSessionServiceClient constructs a client for the tidemark.v1.SessionService service. By
@@ -137,19 +167,68 @@ func NewSessionServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(sessionServiceMethods.ByName("Connect")),
 			connect.WithClientOptions(opts...),
 		),
+		work: connect.NewClient[schema.ClientFrame, schema.ServerFrame](
+			httpClient,
+			baseURL+SessionServiceWorkProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("Work")),
+			connect.WithClientOptions(opts...),
+		),
+		keepRun: connect.NewClient[schema.KeepRunRequest, schema.KeepRunResponse](
+			httpClient,
+			baseURL+SessionServiceKeepRunProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("KeepRun")),
+			connect.WithClientOptions(opts...),
+		),
+		listWorkGroups: connect.NewClient[schema.ListWorkGroupsRequest, schema.ListWorkGroupsResponse](
+			httpClient,
+			baseURL+SessionServiceListWorkGroupsProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("ListWorkGroups")),
+			connect.WithClientOptions(opts...),
+		),
+		listWork: connect.NewClient[schema.ListWorkRequest, schema.ListWorkResponse](
+			httpClient,
+			baseURL+SessionServiceListWorkProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("ListWork")),
+			connect.WithClientOptions(opts...),
+		),
+		listDeadLetters: connect.NewClient[schema.ListDeadLettersRequest, schema.ListDeadLettersResponse](
+			httpClient,
+			baseURL+SessionServiceListDeadLettersProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("ListDeadLetters")),
+			connect.WithClientOptions(opts...),
+		),
+		redrive: connect.NewClient[schema.RedriveRequest, schema.RedriveResponse](
+			httpClient,
+			baseURL+SessionServiceRedriveProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("Redrive")),
+			connect.WithClientOptions(opts...),
+		),
+		tail: connect.NewClient[schema.TailRequest, schema.TailResponse](
+			httpClient,
+			baseURL+SessionServiceTailProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("Tail")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // sessionServiceClient implements SessionServiceClient.
 type sessionServiceClient struct {
-	createSession *connect.Client[schema.CreateSessionRequest, schema.CreateSessionResponse]
-	getSession    *connect.Client[schema.GetSessionRequest, schema.GetSessionResponse]
-	listSessions  *connect.Client[schema.ListSessionsRequest, schema.ListSessionsResponse]
-	deleteSession *connect.Client[schema.DeleteSessionRequest, schema.DeleteSessionResponse]
-	append        *connect.Client[schema.AppendRequest, schema.AppendResponse]
-	appendStream  *connect.Client[schema.Publish, schema.ServerFrame]
-	follow        *connect.Client[schema.Attach, schema.ServerFrame]
-	connect       *connect.Client[schema.ClientFrame, schema.ServerFrame]
+	createSession   *connect.Client[schema.CreateSessionRequest, schema.CreateSessionResponse]
+	getSession      *connect.Client[schema.GetSessionRequest, schema.GetSessionResponse]
+	listSessions    *connect.Client[schema.ListSessionsRequest, schema.ListSessionsResponse]
+	deleteSession   *connect.Client[schema.DeleteSessionRequest, schema.DeleteSessionResponse]
+	append          *connect.Client[schema.AppendRequest, schema.AppendResponse]
+	appendStream    *connect.Client[schema.Publish, schema.ServerFrame]
+	follow          *connect.Client[schema.Attach, schema.ServerFrame]
+	connect         *connect.Client[schema.ClientFrame, schema.ServerFrame]
+	work            *connect.Client[schema.ClientFrame, schema.ServerFrame]
+	keepRun         *connect.Client[schema.KeepRunRequest, schema.KeepRunResponse]
+	listWorkGroups  *connect.Client[schema.ListWorkGroupsRequest, schema.ListWorkGroupsResponse]
+	listWork        *connect.Client[schema.ListWorkRequest, schema.ListWorkResponse]
+	listDeadLetters *connect.Client[schema.ListDeadLettersRequest, schema.ListDeadLettersResponse]
+	redrive         *connect.Client[schema.RedriveRequest, schema.RedriveResponse]
+	tail            *connect.Client[schema.TailRequest, schema.TailResponse]
 }
 
 // CreateSession calls tidemark.v1.SessionService.CreateSession.
@@ -212,6 +291,61 @@ func (c *sessionServiceClient) Connect(ctx context.Context) (*connect.BidiStream
 	return c.connect.CallBidiStreamSimple(ctx)
 }
 
+// Work calls tidemark.v1.SessionService.Work.
+func (c *sessionServiceClient) Work(ctx context.Context) (*connect.BidiStreamForClientSimple[schema.ClientFrame, schema.ServerFrame], error) {
+	return c.work.CallBidiStreamSimple(ctx)
+}
+
+// KeepRun calls tidemark.v1.SessionService.KeepRun.
+func (c *sessionServiceClient) KeepRun(ctx context.Context, req *schema.KeepRunRequest) (*schema.KeepRunResponse, error) {
+	response, err := c.keepRun.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ListWorkGroups calls tidemark.v1.SessionService.ListWorkGroups.
+func (c *sessionServiceClient) ListWorkGroups(ctx context.Context, req *schema.ListWorkGroupsRequest) (*schema.ListWorkGroupsResponse, error) {
+	response, err := c.listWorkGroups.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ListWork calls tidemark.v1.SessionService.ListWork.
+func (c *sessionServiceClient) ListWork(ctx context.Context, req *schema.ListWorkRequest) (*schema.ListWorkResponse, error) {
+	response, err := c.listWork.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ListDeadLetters calls tidemark.v1.SessionService.ListDeadLetters.
+func (c *sessionServiceClient) ListDeadLetters(ctx context.Context, req *schema.ListDeadLettersRequest) (*schema.ListDeadLettersResponse, error) {
+	response, err := c.listDeadLetters.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Redrive calls tidemark.v1.SessionService.Redrive.
+func (c *sessionServiceClient) Redrive(ctx context.Context, req *schema.RedriveRequest) (*schema.RedriveResponse, error) {
+	response, err := c.redrive.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Tail calls tidemark.v1.SessionService.Tail.
+func (c *sessionServiceClient) Tail(ctx context.Context) (*connect.BidiStreamForClientSimple[schema.TailRequest, schema.TailResponse], error) {
+	return c.tail.CallBidiStreamSimple(ctx)
+}
+
 // SessionServiceHandler is an implementation of the tidemark.v1.SessionService service.
 type SessionServiceHandler interface {
 	// Creates a session. already_exists where it has envelopes.
@@ -230,6 +364,20 @@ type SessionServiceHandler interface {
 	Follow(context.Context, *schema.Attach, *connect.ServerStream[schema.ServerFrame]) error
 	// The multiplexed connection, the same frames as on the WebSocket `/v1/connect`.
 	Connect(context.Context, *connect.BidiStream[schema.ClientFrame, schema.ServerFrame]) error
+	// For workers: the frames of Connect but hello, attach and detach.
+	Work(context.Context, *connect.BidiStream[schema.ClientFrame, schema.ServerFrame]) error
+	// Keeps a run alive for agents without a connection, once, for as long as the run may be without an agent.
+	KeepRun(context.Context, *schema.KeepRunRequest) (*schema.KeepRunResponse, error)
+	// Lists the tenant's groups.
+	ListWorkGroups(context.Context, *schema.ListWorkGroupsRequest) (*schema.ListWorkGroupsResponse, error)
+	// Lists items that a group has not settled, or all that are kept, the oldest first.
+	ListWork(context.Context, *schema.ListWorkRequest) (*schema.ListWorkResponse, error)
+	// Lists dead letters, the oldest first.
+	ListDeadLetters(context.Context, *schema.ListDeadLettersRequest) (*schema.ListDeadLettersResponse, error)
+	// Hands dead letters to their groups again. Asked twice, it does so once.
+	Redrive(context.Context, *schema.RedriveRequest) (*schema.RedriveResponse, error)
+	// Reads all sessions that the token may read, as a member of a durable group that shares the load.
+	Tail(context.Context, *connect.BidiStream[schema.TailRequest, schema.TailResponse]) error
 }
 
 // NewSessionServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -287,6 +435,48 @@ func NewSessionServiceHandler(svc SessionServiceHandler, opts ...connect.Handler
 		connect.WithSchema(sessionServiceMethods.ByName("Connect")),
 		connect.WithHandlerOptions(opts...),
 	)
+	sessionServiceWorkHandler := connect.NewBidiStreamHandler(
+		SessionServiceWorkProcedure,
+		svc.Work,
+		connect.WithSchema(sessionServiceMethods.ByName("Work")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sessionServiceKeepRunHandler := connect.NewUnaryHandlerSimple(
+		SessionServiceKeepRunProcedure,
+		svc.KeepRun,
+		connect.WithSchema(sessionServiceMethods.ByName("KeepRun")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sessionServiceListWorkGroupsHandler := connect.NewUnaryHandlerSimple(
+		SessionServiceListWorkGroupsProcedure,
+		svc.ListWorkGroups,
+		connect.WithSchema(sessionServiceMethods.ByName("ListWorkGroups")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sessionServiceListWorkHandler := connect.NewUnaryHandlerSimple(
+		SessionServiceListWorkProcedure,
+		svc.ListWork,
+		connect.WithSchema(sessionServiceMethods.ByName("ListWork")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sessionServiceListDeadLettersHandler := connect.NewUnaryHandlerSimple(
+		SessionServiceListDeadLettersProcedure,
+		svc.ListDeadLetters,
+		connect.WithSchema(sessionServiceMethods.ByName("ListDeadLetters")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sessionServiceRedriveHandler := connect.NewUnaryHandlerSimple(
+		SessionServiceRedriveProcedure,
+		svc.Redrive,
+		connect.WithSchema(sessionServiceMethods.ByName("Redrive")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sessionServiceTailHandler := connect.NewBidiStreamHandler(
+		SessionServiceTailProcedure,
+		svc.Tail,
+		connect.WithSchema(sessionServiceMethods.ByName("Tail")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/tidemark.v1.SessionService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SessionServiceCreateSessionProcedure:
@@ -305,6 +495,20 @@ func NewSessionServiceHandler(svc SessionServiceHandler, opts ...connect.Handler
 			sessionServiceFollowHandler.ServeHTTP(w, r)
 		case SessionServiceConnectProcedure:
 			sessionServiceConnectHandler.ServeHTTP(w, r)
+		case SessionServiceWorkProcedure:
+			sessionServiceWorkHandler.ServeHTTP(w, r)
+		case SessionServiceKeepRunProcedure:
+			sessionServiceKeepRunHandler.ServeHTTP(w, r)
+		case SessionServiceListWorkGroupsProcedure:
+			sessionServiceListWorkGroupsHandler.ServeHTTP(w, r)
+		case SessionServiceListWorkProcedure:
+			sessionServiceListWorkHandler.ServeHTTP(w, r)
+		case SessionServiceListDeadLettersProcedure:
+			sessionServiceListDeadLettersHandler.ServeHTTP(w, r)
+		case SessionServiceRedriveProcedure:
+			sessionServiceRedriveHandler.ServeHTTP(w, r)
+		case SessionServiceTailProcedure:
+			sessionServiceTailHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -344,4 +548,32 @@ func (UnimplementedSessionServiceHandler) Follow(context.Context, *schema.Attach
 
 func (UnimplementedSessionServiceHandler) Connect(context.Context, *connect.BidiStream[schema.ClientFrame, schema.ServerFrame]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.Connect is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) Work(context.Context, *connect.BidiStream[schema.ClientFrame, schema.ServerFrame]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.Work is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) KeepRun(context.Context, *schema.KeepRunRequest) (*schema.KeepRunResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.KeepRun is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) ListWorkGroups(context.Context, *schema.ListWorkGroupsRequest) (*schema.ListWorkGroupsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.ListWorkGroups is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) ListWork(context.Context, *schema.ListWorkRequest) (*schema.ListWorkResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.ListWork is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) ListDeadLetters(context.Context, *schema.ListDeadLettersRequest) (*schema.ListDeadLettersResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.ListDeadLetters is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) Redrive(context.Context, *schema.RedriveRequest) (*schema.RedriveResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.Redrive is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) Tail(context.Context, *connect.BidiStream[schema.TailRequest, schema.TailResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.Tail is not implemented"))
 }
