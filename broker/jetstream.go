@@ -81,6 +81,15 @@ type JetStreamLog struct {
 	reader    *reader       // set with layout
 	presence  *presence
 
+	// giving holds a permit for each item that is being given up.
+	giving  chan struct{}
+	workIDs atomic.Uint64 // of deliveries
+	cancels cancelWatches
+
+	workMu     sync.Mutex // guards groups and workClosed
+	groups     map[groupKey]*workGroup
+	workClosed bool
+
 	mu        sync.Mutex
 	appenders map[schema.SessionID]*appender
 	closed    bool
@@ -115,6 +124,7 @@ func Open(cfg Config) (*JetStreamLog, error) {
 		cfg: cfg, edge: cfg.Edge, logger: cfg.Logger, metrics: newMetrics(cfg.Metrics), conn: conn, reads: reads, js: js,
 		queued: semaphore.NewWeighted(cfg.QueueBytes), handOvers: make(chan struct{}, maxHandOvers), closing: make(chan struct{}), appenders: make(map[schema.SessionID]*appender),
 	}
+	l.giving, l.groups = make(chan struct{}, maxGiving), make(map[groupKey]*workGroup)
 	l.presence = newPresence(l)
 	l.storing, l.stop = context.WithCancel(context.Background()) //nolint:forbidigo // the log's own lifetime, ended by Close
 	return l, nil
@@ -181,6 +191,7 @@ func (l *JetStreamLog) Close(ctx context.Context) error {
 		close(l.closing)
 	}
 	l.mu.Unlock()
+	l.closeWork()
 	done := make(chan struct{})
 	go func() {
 		l.appending.Wait()

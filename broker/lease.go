@@ -37,12 +37,12 @@ type lease struct {
 }
 
 const (
-	beatEvery = 2 * time.Second
-	leaseTTL  = 8 * time.Second
+	beatEvery = time.Second
+	leaseTTL  = 4 * time.Second
 	// freshFor is how long after a beat the holder may write without asking: well before anybody takes over.
 	freshFor = leaseTTL / 2
 	// pollEvery is how often one that waits looks.
-	pollEvery = time.Second
+	pollEvery = 250 * time.Millisecond
 )
 
 // errLeaseLost: another projector has taken the stream over.

@@ -17,6 +17,9 @@ type metrics struct {
 	handOvers    prometheus.Counter
 	fetches      prometheus.Counter
 	unsound      prometheus.Counter
+	workHanded   prometheus.Counter
+	workExpired  prometheus.Counter
+	workGivenUp  prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer) *metrics {
@@ -36,6 +39,9 @@ func newMetrics(r prometheus.Registerer) *metrics {
 		handOvers:    counter("hand_overs_total", "Batches handed to the edge that keeps winning a session's races."),
 		fetches:      counter("fetches_total", "Reads of the log by followers that were behind the tail."),
 		unsound:      counter("unsound_frames_total", "Frames in the tail that did not continue their session. Should be 0."),
+		workHanded:   counter("work_handed_out_total", "Work items that were given into a worker's hands on this edge, each time counted."),
+		workExpired:  counter("work_expired_total", "Work items whose worker was silent about them for too long."),
+		workGivenUp:  counter("work_given_up_total", "Work items that this edge made dead letters of."),
 		store: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Namespace: "tidemark", Subsystem: "log", Name: "store_seconds", Help: "From making a frame to its acknowledgement by JetStream.",
 			Buckets: prometheus.ExponentialBuckets(0.0001, 2, 16),

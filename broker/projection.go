@@ -35,6 +35,7 @@ type projection struct {
 	size     int // of all sessions, in bytes
 	jobs     []*write
 	jobBytes int
+	work     *dispatch // nil where no work is dispatched
 
 	// What was stored, parts of pages included.
 	pagesStored, recordsStored atomic.Uint64
@@ -78,6 +79,9 @@ type projected struct {
 	recordHead   uint64
 	recordStatus schema.Status
 	transition   bool
+
+	// work is how far the session's lanes in WORK have come; nil for not read.
+	work map[schema.Kind]laneEnd
 
 	// unstored is the stream sequence of the oldest frame of which something is stored neither in a page nor in the record; 0 for none. open is the same as it will be when the writes
 	// that are queued are done.
@@ -198,7 +202,7 @@ func (p *projection) fold(s *projected, f *frame, now time.Time) {
 		}
 		v := rest
 		v.To = min(v.To, (s.slot+1)*schema.PageEnvelopes)
-		if err := s.st.project(f, v); err != nil {
+		if err := s.st.project(f, v, func(seq uint64, e schema.Scanned, raw []byte) { p.makeWork(s, f, seq, e, raw) }); err != nil {
 			// The envelopes were scanned by the edge that stored them; one that cannot be read is one nobody can follow.
 			p.metrics.unreadable.Inc()
 			p.logger.Error("a frame holds what is not an envelope; it is passed over", "session", s.id.String(), "sequence", f.StreamSeq, "error", err)
@@ -220,8 +224,8 @@ func (p *projection) fold(s *projected, f *frame, now time.Time) {
 	p.measure(s)
 }
 
-// project folds a part of a frame, without the ids: nothing is decided on this state.
-func (s *state) project(f *frame, v View) error {
+// project folds a part of a frame, without the ids: nothing is decided on this state. folded is told of each envelope once it is.
+func (s *state) project(f *frame, v View, folded func(seq uint64, e schema.Scanned, raw []byte)) error {
 	s.meetFrame(f)
 	for seq, raw := range v.Each() {
 		e, err := schema.Scan(raw)
@@ -229,6 +233,7 @@ func (s *state) project(f *frame, v View) error {
 			return badFrame(err)
 		}
 		s.foldPayload(seq, e.Kind, e.Payload, e.Producer)
+		folded(seq, e, raw)
 	}
 	s.frame = f.StreamSeq
 	return nil
@@ -369,6 +374,9 @@ func (p *projection) drop(s *projected) {
 		}
 		return w.s == s
 	})
+	if p.work != nil {
+		p.work.items = slices.DeleteFunc(p.work.items, func(x *pendingItem) bool { return x.s == s })
+	}
 }
 
 // stored is the stream sequence up to which everything that is derived is stored, given that all frames up to read were taken in.

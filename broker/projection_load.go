@@ -13,6 +13,8 @@ import (
 func (p *projection) load(ctx context.Context, id schema.SessionID, subject string, f *frame, now time.Time) (*projected, error) {
 	s := &projected{id: id, ln: laneOf(id), subject: subject, st: newState(), last: now}
 	if f.First == 1 {
+		// It has no work yet. Were it otherwise, the fence would say so.
+		s.work = map[schema.Kind]laneEnd{}
 		return p.keep(s), nil
 	}
 	var pg *page

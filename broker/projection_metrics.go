@@ -21,6 +21,8 @@ type projectionMetrics struct {
 	evicted     prometheus.Counter
 	skipped     prometheus.Counter
 	unreadable  prometheus.Counter
+	work        *prometheus.CounterVec
+	workLag     prometheus.Histogram
 }
 
 func newProjectionMetrics(r prometheus.Registerer) *projectionMetrics {
@@ -42,7 +44,15 @@ func newProjectionMetrics(r prometheus.Registerer) *projectionMetrics {
 		register(g)
 		return g
 	}
+	work := prometheus.NewCounterVec(prometheus.CounterOpts(opts("work_items_total", "Items dispatched to the stream WORK.")), []string{"kind"})
+	register(work)
+	lag := prometheus.NewHistogram(prometheus.HistogramOpts{
+		Namespace: "tidemark", Subsystem: "projector", Name: "work_lag_seconds", Help: "From the storing of an envelope to that of its work item, by the clocks of edge and broker.",
+		Buckets: prometheus.ExponentialBuckets(0.0005, 4, 10),
+	})
+	register(lag)
 	return &projectionMetrics{
+		work: work, workLag: lag,
 		lagMessages: byStream("lag_messages", "Frames of the log stream that are not projected yet."),
 		lagSeconds:  byStream("lag_seconds", "How long ago the frame was stored that is being projected; 0 when there is none to project."),
 		leading:     byStream("leading", "1 where this process projects the log stream, 0 where it stands by."),
@@ -66,6 +76,11 @@ func (m *projectionMetrics) stored(w *write) {
 	}
 	m.pages.Inc()
 	m.pageBytes.Add(float64(len(w.data)))
+}
+
+func (m *projectionMetrics) dispatched(w *workItem) {
+	m.work.WithLabelValues(w.kind.String()).Inc()
+	m.workLag.Observe(time.Since(w.GetStored().AsTime()).Seconds())
 }
 
 func (m *projectionMetrics) behind(stream string, messages uint64, by time.Duration) {

@@ -24,6 +24,10 @@ func (p *projection) store(ctx context.Context, flush []*projected) error {
 }
 
 func (p *projection) round(ctx context.Context, flush []*projected) error {
+	// Before what says that these frames were projected.
+	if err := p.storeWork(ctx); err != nil {
+		return err
+	}
 	for _, s := range flush {
 		if s.count > 0 && s.open > 0 {
 			p.queuePage(s)
@@ -320,11 +324,20 @@ func (p *projection) clear(ctx context.Context, ln lane, streamSeq uint64) error
 		return err
 	}
 	end := pages.CachedInfo().State.LastSeq + 1
+	graves, err := p.workGraves(ctx, js, ln)
+	if err != nil {
+		return err
+	}
 	may, err := p.guard.mayClear(ctx, ln, streamSeq)
 	if err != nil {
 		return err
 	}
 	if may {
+		for _, g := range graves {
+			if err := g.purge(ctx); err != nil {
+				return err
+			}
+		}
 		if err := pages.Purge(ctx, jetstream.WithPurgeSubject(ln.pagesSubject()), jetstream.WithPurgeSequence(end)); err != nil {
 			return err
 		}

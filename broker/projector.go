@@ -84,6 +84,7 @@ func (p *projector) hold(ctx context.Context) error {
 	defer sweeper.Wait()
 	defer stop()
 	proj := newProjection(p.nc, p.r, p.lease, p.budget, p.metrics, p.logger)
+	proj.work = &dispatch{from: read}
 	read, err = p.project(ctx, it, proj, read)
 	if ctx.Err() == nil {
 		return err
@@ -95,6 +96,7 @@ func (p *projector) hold(ctx context.Context) error {
 func (p *projector) project(ctx context.Context, it jetstream.MessagesContext, proj *projection, read uint64) (uint64, error) {
 	nextTick, nextBeat := time.Now().Add(tickEvery), time.Now().Add(beatEvery)
 	for {
+		idle := false
 		msg, err := it.Next(jetstream.NextMaxWait(max(time.Until(nextTick), time.Millisecond)))
 		if ctx.Err() != nil {
 			return read, ctx.Err()
@@ -109,14 +111,20 @@ func (p *projector) project(ctx context.Context, it jetstream.MessagesContext, p
 			if err := proj.add(ctx, msg.Subject(), meta.Sequence.Stream, msg.Data(), now); err != nil {
 				return read, err
 			}
-			read = meta.Sequence.Stream
+			read, idle = meta.Sequence.Stream, meta.NumPending == 0
 			if now.After(nextTick) {
 				p.metrics.behind(p.stream, meta.NumPending, now.Sub(meta.Timestamp))
 			}
 		case errors.Is(err, nats.ErrTimeout):
+			idle = true
 			p.metrics.behind(p.stream, 0, 0)
 		default:
 			return read, err
+		}
+		if proj.workDue(idle) {
+			if err := proj.storeWork(ctx); err != nil {
+				return read, err
+			}
 		}
 		if proj.full() {
 			if err := proj.store(ctx, nil); err != nil {

@@ -625,11 +625,10 @@ type WorkItem struct {
 	Cancelled bool `protobuf:"varint,7,opt,name=cancelled,proto3" json:"cancelled,omitempty"`
 	// Where the session's last items before this one stand in WORK, one for each kind.
 	Before []*WorkBefore `protobuf:"bytes,8,rep,name=before,proto3" json:"before,omitempty"`
-	// Set where it was redriven: the stream sequence in DEAD of the dead letter, and the first item's in WORK.
-	RedrivenLetter uint64 `protobuf:"varint,9,opt,name=redriven_letter,json=redrivenLetter,proto3" json:"redriven_letter,omitempty"`
-	RedrivenItem   uint64 `protobuf:"varint,10,opt,name=redriven_item,json=redrivenItem,proto3" json:"redriven_item,omitempty"`
-	// The log stream of `through`, by its number.
-	Stream        uint32    `protobuf:"varint,11,opt,name=stream,proto3" json:"stream,omitempty"`
+	// Set where it was redriven: the stream sequence in WORK of the item that was given up.
+	RedrivenFrom uint64 `protobuf:"varint,9,opt,name=redriven_from,json=redrivenFrom,proto3" json:"redriven_from,omitempty"`
+	// The run under way when the envelope was stored; empty for none, and for one without a name.
+	RunId         string    `protobuf:"bytes,10,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
 	Envelope      *Envelope `protobuf:"bytes,15,opt,name=envelope,proto3" json:"envelope,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -721,25 +720,18 @@ func (x *WorkItem) GetBefore() []*WorkBefore {
 	return nil
 }
 
-func (x *WorkItem) GetRedrivenLetter() uint64 {
+func (x *WorkItem) GetRedrivenFrom() uint64 {
 	if x != nil {
-		return x.RedrivenLetter
+		return x.RedrivenFrom
 	}
 	return 0
 }
 
-func (x *WorkItem) GetRedrivenItem() uint64 {
+func (x *WorkItem) GetRunId() string {
 	if x != nil {
-		return x.RedrivenItem
+		return x.RunId
 	}
-	return 0
-}
-
-func (x *WorkItem) GetStream() uint32 {
-	if x != nil {
-		return x.Stream
-	}
-	return 0
+	return ""
 }
 
 func (x *WorkItem) GetEnvelope() *Envelope {
@@ -1579,7 +1571,7 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\x0fCancelledTarget\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x15\n" +
-	"\x06run_id\x18\x02 \x01(\tR\x05runId\"\x9a\x03\n" +
+	"\x06run_id\x18\x02 \x01(\tR\x05runId\"\xf0\x02\n" +
 	"\bWorkItem\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12\x14\n" +
@@ -1588,11 +1580,10 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\athrough\x18\x05 \x01(\x04R\athrough\x122\n" +
 	"\x06stored\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x06stored\x12\x1c\n" +
 	"\tcancelled\x18\a \x01(\bR\tcancelled\x12/\n" +
-	"\x06before\x18\b \x03(\v2\x17.tidemark.v1.WorkBeforeR\x06before\x12'\n" +
-	"\x0fredriven_letter\x18\t \x01(\x04R\x0eredrivenLetter\x12#\n" +
-	"\rredriven_item\x18\n" +
-	" \x01(\x04R\fredrivenItem\x12\x16\n" +
-	"\x06stream\x18\v \x01(\rR\x06stream\x121\n" +
+	"\x06before\x18\b \x03(\v2\x17.tidemark.v1.WorkBeforeR\x06before\x12#\n" +
+	"\rredriven_from\x18\t \x01(\x04R\fredrivenFrom\x12\x15\n" +
+	"\x06run_id\x18\n" +
+	" \x01(\tR\x05runId\x121\n" +
 	"\benvelope\x18\x0f \x01(\v2\x15.tidemark.v1.EnvelopeR\benvelope\";\n" +
 	"\n" +
 	"WorkBefore\x12\x12\n" +

@@ -1,0 +1,327 @@
+package broker
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"strconv"
+	"strings"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/oklog/ulid/v2"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"tidemark/schema"
+)
+
+// An item that a group gives up becomes a dead letter, in this order: its record is written to DEAD, the session is told with a work_failed envelope, the record says that it was, and then NATS is told that the item is settled.
+// Whoever is killed on the way leaves the item to be handed out again, and whoever gets it finds the record, and goes on from there. The record is a register of its subject that only grows, by the item's place in WORK.
+
+// maxGiving bounds the items that an edge gives up at once.
+const maxGiving = 64
+
+// systemSource is who Tidemark is in what it writes itself.
+func systemSource() *schema.Source {
+	return &schema.Source{Subject: "tidemark", Role: schema.Role_ROLE_SYSTEM}
+}
+
+// giveUp makes a dead letter of an item that is in nobody's hands any more.
+func (g *workGroup) giveUp(h *heldItem, s groupSettings, attempts int, reason string) {
+	l := g.log
+	l.appending.Go(func() {
+		select {
+		case l.giving <- struct{}{}:
+			defer func() { <-l.giving }()
+		case <-l.closing:
+			return
+		}
+		ctx, cancel := context.WithTimeout(l.storing, max(s.ackWait, getTimeout))
+		defer cancel()
+		if err := l.writeOff(ctx, g.key, h.item, attempts, reason); err != nil {
+			l.logger.Warn("a work item could not be given up yet; it comes again", "group", g.key.name, "session", h.item.id().String(), "seq", h.item.GetSeq(), "error", err)
+			return
+		}
+		l.metrics.workGivenUp.Inc()
+		g.done(h)
+	})
+}
+
+// writeOff writes the dead letter of an item, and tells its session. Done twice, or by two at once, it is done once.
+func (l *JetStreamLog) writeOff(ctx context.Context, k groupKey, w *workItem, attempts int, reason string) error {
+	subject := letterSubject("dead", k.name, w.id(), w.GetEpoch(), w.GetSeq())
+	rec, rev, err := l.writeLetter(ctx, subject, k, w, attempts, reason)
+	if err != nil || rec.WorkSeq != w.seq || rec.Telling == nil {
+		// Written before, and all that follows; or a later life of the item has been given up already.
+		return err
+	}
+	if err := l.tellFailed(ctx, subject, k, w, rec); err != nil {
+		return err
+	}
+	rec.Telling = nil
+	_, err = l.putLetter(ctx, subject, rec, rev)
+	if isConflict(err) {
+		// Somebody else got here, or the letter was redriven meanwhile; the next look tells.
+		return l.writeOff(ctx, k, w, attempts, reason)
+	}
+	return err
+}
+
+// writeLetter writes the record, unless there is one of this item, or a newer, and returns what there is.
+func (l *JetStreamLog) writeLetter(ctx context.Context, subject string, k groupKey, w *workItem, attempts int, reason string) (*schema.DeadRecord, uint64, error) {
+	for {
+		rec, rev, err := l.letter(ctx, subject)
+		if err != nil || rec.GetWorkSeq() >= w.seq {
+			return rec, rev, err
+		}
+		s, err := l.Session(ctx, w.id())
+		if err != nil && schema.CodeOf(err) != schema.Code_CODE_SESSION_NOT_FOUND {
+			return nil, 0, err
+		}
+		item, err := w.encode()
+		if err != nil {
+			return nil, 0, err
+		}
+		rec = &schema.DeadRecord{Group: k.name, WorkSeq: w.seq, Attempts: uint32(attempts), Reason: clipReason(reason), Time: timestamppb.Now(), Item: new(schema.WorkItem)}
+		if s.GetEpoch() == w.GetEpoch() {
+			rec.Telling = new(s.GetHeadSeq())
+		}
+		if err := proto.Unmarshal(item, rec.Item); err != nil {
+			return nil, 0, err
+		}
+		rev, err = l.putLetter(ctx, subject, rec, rev)
+		if isConflict(err) {
+			continue
+		}
+		return rec, rev, err
+	}
+}
+
+func clipReason(reason string) string {
+	if len(reason) > schema.MaxReasonBytes {
+		reason = strings.ToValidUTF8(reason[:schema.MaxReasonBytes], "")
+	}
+	return reason
+}
+
+// letter is a dead letter's record and its revision; nil and 0 where there is none.
+func (l *JetStreamLog) letter(ctx context.Context, subject string) (*schema.DeadRecord, uint64, error) {
+	m, err := l.reader.lastFromLeader(ctx, deadStream, subject)
+	if m == nil || err != nil {
+		return nil, 0, err
+	}
+	rec := new(schema.DeadRecord)
+	if err := proto.Unmarshal(m.data, rec); err != nil {
+		return nil, m.seq, badItem(err)
+	}
+	return rec, m.seq, nil
+}
+
+func (l *JetStreamLog) putLetter(ctx context.Context, subject string, rec *schema.DeadRecord, rev uint64) (uint64, error) {
+	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(rec)
+	if err != nil {
+		return 0, err
+	}
+	var retry backoff
+	for {
+		next, err := publishFenced(ctx, l.conn, subject, data, rev)
+		if _, said := errors.AsType[*jetstream.APIError](err); err == nil || said {
+			return next, err
+		}
+		if !retry.wait(ctx, errNotStored) {
+			return 0, err
+		}
+	}
+}
+
+// tellFailed appends the work_failed envelope, unless it is there: behind the head that the record was written at. Its id follows from the record, so that two who tell at once tell once.
+func (l *JetStreamLog) tellFailed(ctx context.Context, subject string, k groupKey, w *workItem, rec *schema.DeadRecord) error {
+	e := &schema.Envelope{
+		ReplyTo: new(w.GetSeq()),
+		Payload: &schema.Envelope_WorkFailed{WorkFailed: &schema.WorkFailed{Group: k.name, Attempts: uint64(rec.GetAttempts()), Reason: rec.GetReason()}},
+	}
+	if s, err := schema.Scan(w.envelope); err == nil {
+		e.RequestId = string(s.RequestID)
+	}
+	sum := sha256.Sum256([]byte(subject + " " + strconv.FormatUint(rec.GetWorkSeq(), 10)))
+	id, err := ulid.New(ulid.Timestamp(rec.GetTime().AsTime()), strings.NewReader(string(sum[:])))
+	if err != nil {
+		return err
+	}
+	e.Id = id.String()
+	a, err := schema.NewStamp(systemSource()).AcceptEnvelope(e, rec.GetTime().AsTime())
+	if err != nil {
+		return err
+	}
+	return l.appendOnce(ctx, w.id(), w.GetEpoch(), rec.GetTelling(), a)
+}
+
+// appendOnce appends an envelope whose id says whether it is there, behind seq `after` of the history; not where that history is over, or has ended and takes nothing more.
+func (l *JetStreamLog) appendOnce(ctx context.Context, id schema.SessionID, epoch string, after uint64, a schema.Accepted) error {
+	for {
+		head, there, err := l.look(ctx, id, epoch, after, a)
+		if there || err != nil {
+			return overIsDone(err)
+		}
+		_, err = Append(ctx, l, id, Submission{Envelopes: []schema.Accepted{a}, Expected: &head})
+		if schema.CodeOf(err) != schema.Code_CODE_CONFLICT || err == nil {
+			return overIsDone(err)
+		}
+		after = head
+	}
+}
+
+// overIsDone takes what says that the session is no more, or has ended, for the end of what was to be said to it.
+func overIsDone(err error) error {
+	if err == nil {
+		return nil
+	}
+	switch schema.CodeOf(err) {
+	case schema.Code_CODE_SESSION_NOT_FOUND, schema.Code_CODE_EPOCH_MISMATCH, schema.Code_CODE_SESSION_DELETED, schema.Code_CODE_SEQ_BEYOND_HEAD, schema.Code_CODE_SESSION_ENDED:
+		return nil
+	default:
+		return err
+	}
+}
+
+// look reads a session from behind a seq to its head, and reports whether the envelope is there.
+func (l *JetStreamLog) look(ctx context.Context, id schema.SessionID, epoch string, after uint64, a schema.Accepted) (head uint64, there bool, err error) {
+	f, err := l.Follow(ctx, id, FollowOptions{Start: Start{After: after}, Epoch: epoch, Kinds: []schema.Kind{a.Kind}, MustExist: true})
+	if err != nil {
+		return 0, false, err
+	}
+	defer f.Close()
+	head = f.Attachment().Head
+	for f.Cursor().Seq < head {
+		b, err := f.Next(ctx, 256<<10)
+		if err != nil {
+			return 0, false, err
+		}
+		for _, v := range b.Views {
+			for _, raw := range v.Each() {
+				if s, err := schema.Scan(raw); err == nil && s.ID == a.ID {
+					return head, true, nil
+				}
+			}
+		}
+	}
+	return f.Cursor().Seq, false, nil
+}
+
+// letterID is a dead letter's name for its tenant's users: its subject behind the tenant.
+func letterID(subject string) string {
+	_, rest, _ := strings.Cut(strings.TrimPrefix(subject, "dead."), ".")
+	return rest
+}
+
+// letterOf is the subject of a dead letter, and the session that it is of; false where id is none.
+func letterOf(tenant, id string) (subject, session string, ok bool) {
+	parts := strings.Split(id, ".")
+	if len(parts) != 4 || len(id) > 1024 {
+		return "", "", false
+	}
+	for _, p := range parts {
+		if _, err := schema.UnescapeToken(p); err != nil || p == "" {
+			return "", "", false
+		}
+	}
+	session, err := schema.UnescapeToken(parts[1])
+	return "dead." + schema.EscapeToken(tenant) + "." + id, session, err == nil
+}
+
+func noLetter(id string) error {
+	return schema.Refuse(schema.Code_CODE_WORK_NOT_FOUND, "There is no dead letter %q; list them to see which there are.", id)
+}
+
+// Redrive implements [Queue]. A letter's next life is an item of its own, on a subject that only its group takes. It is written before the letter says that it was; its fence and what it says of the letter make it one, however often it is asked for.
+func (l *JetStreamLog) Redrive(ctx context.Context, tenant string, may func(string) bool, ids []string) (redriven, before int, err error) {
+	if _, err := l.ready(ctx); err != nil {
+		return 0, 0, err
+	}
+	for _, id := range ids {
+		subject, session, ok := letterOf(tenant, id)
+		if !ok || !may(session) {
+			return redriven, before, noLetter(id)
+		}
+		now, err := l.redrive(ctx, subject, id)
+		if err != nil {
+			return redriven, before, err
+		}
+		if now {
+			redriven++
+		} else {
+			before++
+		}
+	}
+	return redriven, before, nil
+}
+
+// redrive hands one letter to its group again; false where that was done before.
+func (l *JetStreamLog) redrive(ctx context.Context, subject, id string) (now bool, err error) {
+	for {
+		rec, rev, err := l.letter(ctx, subject)
+		switch {
+		case err != nil:
+			return false, err
+		case rec == nil:
+			return false, noLetter(id)
+		case rec.Redriven != nil:
+			return now, nil
+		}
+		if now, err = l.writeRedriven(ctx, rec, now); err == nil {
+			rec.Redriven = timestamppb.Now()
+			_, err = l.putLetter(ctx, subject, rec, rev)
+		}
+		switch {
+		case err == nil:
+			return now, nil
+		case !isConflict(err):
+			return now, unreadable(err)
+		}
+	}
+}
+
+// writeRedriven writes the item's next life, unless it is there.
+func (l *JetStreamLog) writeRedriven(ctx context.Context, rec *schema.DeadRecord, now bool) (bool, error) {
+	item, ok := proto.Clone(rec.GetItem()).(*schema.WorkItem)
+	if !ok || item == nil {
+		return now, badItem(nil)
+	}
+	id := schema.SessionID{Tenant: item.GetTenant(), Name: item.GetSession()}
+	subject := letterSubject("redrive", rec.GetGroup(), id, item.GetEpoch(), item.GetSeq())
+	m, err := l.reader.lastFromLeader(ctx, workStream, subject)
+	if err != nil {
+		return now, err
+	}
+	rev := uint64(0)
+	if m != nil {
+		last, err := parseWorkItem(m.data)
+		if err != nil {
+			return now, err
+		}
+		if last.GetRedrivenFrom() >= rec.GetWorkSeq() {
+			return now, nil
+		}
+		rev = m.seq
+	}
+	item.RedrivenFrom, item.Before = rec.GetWorkSeq(), nil
+	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(item)
+	if err != nil {
+		return now, err
+	}
+	_, err = publishFenced(ctx, l.conn, subject, data, rev)
+	return now || err == nil, err
+}
+
+// deadLetter is a record as clients see it.
+func deadLetter(subject string, rec *schema.DeadRecord, envelope bool) *schema.DeadLetter {
+	item := rec.GetItem()
+	d := &schema.DeadLetter{
+		Id: letterID(subject), Group: rec.GetGroup(), Session: item.GetSession(), Epoch: item.GetEpoch(), Seq: item.GetSeq(), Kind: item.GetEnvelope().Type(),
+		Attempts: rec.GetAttempts(), Reason: rec.GetReason(), Time: rec.GetTime(), Redriven: rec.GetRedriven(),
+	}
+	if envelope {
+		d.Envelope = item.GetEnvelope()
+	}
+	return d
+}
