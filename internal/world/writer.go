@@ -38,6 +38,7 @@ type Writer struct {
 	changed chan struct{} // closed and made anew at every change
 	queue   []*Sent       // everything that was sent, in order
 	open    int           // the first that is not acknowledged
+	acked   int           // how many are
 	seq     uint64        // of the producer
 	refused *schema.Rejected
 	lost    int // connections
@@ -76,22 +77,27 @@ func (w *World) Write(session string, o WriterOptions) *Writer {
 
 // Send queues envelopes as one publish.
 func (x *Writer) Send(envelopes ...*schema.Envelope) {
-	x.change(func() {
-		for _, e := range envelopes {
-			if x.o.Producer != "" {
-				x.seq++
-				e.Producer = &schema.Producer{Id: x.o.Producer, Epoch: x.o.Epoch, Seq: x.seq}
-			}
-		}
-		x.queue = append(x.queue, &Sent{Envelopes: envelopes})
-	})
+	x.change(func() { x.queued(envelopes) })
 }
 
 // SendEach queues each envelope as a publish of its own.
 func (x *Writer) SendEach(envelopes []*schema.Envelope) {
+	x.change(func() {
+		for i := range envelopes {
+			x.queued(envelopes[i : i+1 : i+1])
+		}
+	})
+}
+
+// queued numbers and queues a publish. Called with mu held.
+func (x *Writer) queued(envelopes []*schema.Envelope) {
 	for _, e := range envelopes {
-		x.Send(e)
+		if x.o.Producer != "" {
+			x.seq++
+			e.Producer = &schema.Producer{Id: x.o.Producer, Epoch: x.o.Epoch, Seq: x.seq}
+		}
 	}
+	x.queue = append(x.queue, &Sent{Envelopes: envelopes})
 }
 
 func (x *Writer) run() {
@@ -210,6 +216,7 @@ func (x *Writer) take(f *schema.ServerFrame) bool {
 					wrong = fmt.Sprintf("publish %d of %d envelopes was acknowledged as %v", a.GetPublishId(), len(s.Envelopes), a)
 				}
 				if !s.Acked {
+					x.acked++
 					s.Acked, s.Ack, s.At = true, ack, time.Now()
 				}
 			}
@@ -306,7 +313,11 @@ func (x *Writer) Acked() []Sent {
 }
 
 // Unacked is how many publishes are not acknowledged.
-func (x *Writer) Unacked() int { return len(x.Sent()) - len(x.Acked()) }
+func (x *Writer) Unacked() int {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return len(x.queue) - x.acked
+}
 
 // Lost is how many connections the writer has lost.
 func (x *Writer) Lost() int {
