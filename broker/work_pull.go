@@ -5,7 +5,6 @@ import (
 	"errors"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -45,9 +44,8 @@ type workGroup struct {
 	settings groupSettings
 	settled  time.Time // when the settings were read
 	workers  []*Worker
-	turn     int // the worker that is served next
-	asks     map[uint64]*ask
-	asked    uint64 // the last request's number
+	turn     int   // the worker that is served next
+	asks     []ask // the oldest first
 	held     map[uint64]*heldItem
 	// spare are items that no worker has room for just now.
 	spare  []*heldItem
@@ -55,7 +53,7 @@ type workGroup struct {
 	closed bool
 }
 
-// ask is a request for items that stands at the server.
+// ask is a request for items that stands at the server, and how many it is still to bring. What comes does not say which request brought it; the server serves the oldest first.
 type ask struct {
 	left int
 	at   time.Time
@@ -123,8 +121,8 @@ func (l *JetStreamLog) groupHere(k groupKey, s groupSettings) (*workGroup, error
 	if g := l.groups[k]; g != nil {
 		return g, nil
 	}
-	g := &workGroup{log: l, key: k, consumer: k.consumer(), inbox: l.conn.NewInbox(), over: make(chan struct{}), settings: s, settled: time.Now(), asks: map[uint64]*ask{}, held: map[uint64]*heldItem{}}
-	sub, err := l.conn.Subscribe(g.inbox+".*", g.deliver)
+	g := &workGroup{log: l, key: k, consumer: k.consumer(), inbox: l.conn.NewInbox(), over: make(chan struct{}), settings: s, settled: time.Now(), held: map[uint64]*heldItem{}}
+	sub, err := l.conn.Subscribe(g.inbox, g.deliver)
 	if err != nil {
 		return nil, unreadable(err)
 	}
@@ -242,15 +240,11 @@ func (g *workGroup) run() {
 		case <-connected:
 			// The server knows nothing of what was asked before.
 			g.mu.Lock()
-			clear(g.asks)
+			g.asks = nil
 			g.mu.Unlock()
 		case now := <-tick.C:
 			g.mu.Lock()
-			for n, a := range g.asks {
-				if now.Sub(a.at) > askFor+askGrace {
-					delete(g.asks, n)
-				}
-			}
+			g.asks = slices.DeleteFunc(g.asks, func(a ask) bool { return now.Sub(a.at) > askFor+askGrace })
 			stale := now.Sub(g.settled) > settingsFor
 			g.mu.Unlock()
 			if stale {
@@ -334,28 +328,44 @@ func (g *workGroup) ask() {
 		g.mu.Unlock()
 		return
 	}
-	g.asked++
-	n := g.asked
-	g.asks[n] = &ask{left: room, at: time.Now()}
+	g.asks = append(g.asks, ask{left: room, at: time.Now()})
 	g.mu.Unlock()
 	body := `{"batch":` + strconv.Itoa(room) + `,"expires":` + strconv.FormatInt(int64(askFor), 10) + `}`
-	if err := g.log.conn.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+workStream+"."+g.consumer, g.inbox+"."+strconv.FormatUint(n, 10), []byte(body)); err != nil {
+	if err := g.log.conn.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+workStream+"."+g.consumer, g.inbox, []byte(body)); err != nil {
 		// NATS is away; the tick asks again.
 		g.mu.Lock()
-		delete(g.asks, n)
+		g.brought(room)
 		g.mu.Unlock()
+	}
+}
+
+// brought notes that so many items of those asked for have come, or will not. Called with mu held.
+func (g *workGroup) brought(n int) {
+	for n > 0 && len(g.asks) > 0 {
+		a := &g.asks[0]
+		k := min(n, a.left)
+		a.left -= k
+		n -= k
+		if a.left == 0 {
+			g.asks = g.asks[1:]
+		}
 	}
 }
 
 // deliver takes what the server answers: items, or that there are none. It is called by the subscription, one message at a time.
 func (g *workGroup) deliver(m *nats.Msg) {
-	n, _ := strconv.ParseUint(m.Subject[strings.LastIndexByte(m.Subject, '.')+1:], 10, 64)
-	if status := m.Header.Get("Status"); status != "" {
+	if m.Header.Get("Status") != "" {
+		// Nothing more comes of a request: its time is over, or the consumer's leader has changed.
+		left, err := strconv.Atoi(m.Header.Get("Nats-Pending-Messages"))
 		g.mu.Lock()
-		delete(g.asks, n)
+		if err != nil {
+			// It was not taken at all; the tick asks again, of all that there is room for.
+			g.asks = nil
+		} else {
+			g.brought(left)
+		}
 		g.mu.Unlock()
-		// Nothing more comes of this request: its time is over, or the consumer's leader has changed. Who has lost its connection asks again when it is back.
-		if status == "408" || status == "409" && !strings.Contains(m.Header.Get("Description"), "Exceeded") {
+		if err == nil {
 			g.ask()
 		}
 		return
@@ -374,11 +384,7 @@ func (g *workGroup) deliver(m *nats.Msg) {
 	item.seq = meta.Sequence.Stream
 	h := &heldItem{item: item, ack: m.Reply, attempt: int(min(meta.NumDelivered, 1<<31)), came: time.Now()}
 	g.mu.Lock()
-	if a := g.asks[n]; a != nil {
-		if a.left--; a.left == 0 {
-			delete(g.asks, n)
-		}
-	}
+	g.brought(1)
 	s := g.settings
 	if !s.wants(item.GetSession()) {
 		g.mu.Unlock()
