@@ -1,0 +1,202 @@
+package broker
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"tidemark/schema"
+)
+
+func TestWorkItemFieldNumber(t *testing.T) {
+	f := (&schema.WorkItem{}).ProtoReflect().Descriptor().Fields().ByName(protoreflect.Name("envelope"))
+	if f.Number() != workItemEnvelope {
+		t.Errorf("WorkItem.envelope has the number %d, the code says %d", f.Number(), workItemEnvelope)
+	}
+}
+
+// dispatches counts what a projector stores for groups, and what says that it did.
+func dispatches(subject string) bool {
+	return strings.HasPrefix(subject, "work.") || derives(subject)
+}
+
+// worked is the stream WORK, message by message.
+func (s *shelf) worked() []*workItem {
+	s.Helper()
+	var items []*workItem
+	for from := uint64(1); ; {
+		batch, more, err := s.r.scan(context.Background(), workStream, from)
+		if err != nil {
+			s.Fatal(err)
+		}
+		for _, m := range batch {
+			w, err := parseWorkItem(m.data)
+			if err != nil {
+				s.Fatal(err)
+			}
+			w.seq = m.seq
+			items = append(items, w)
+			from = m.seq + 1
+		}
+		if !more {
+			return items
+		}
+	}
+}
+
+// wantWork wants WORK to hold what the sessions as they are now have that makes work: all of it, once, each session's in its order, and of each item the ones before it.
+func (s *shelf) wantWork(scribes ...*scribe) {
+	s.Helper()
+	want := map[schema.SessionID][]string{}
+	for _, w := range scribes {
+		for _, f := range w.frames {
+			for seq, raw := range f.All().Each() {
+				if e, err := schema.Scan(raw); err == nil && schema.IsWork(e.Kind) {
+					want[w.id] = append(want[w.id], fmt.Sprint(f.Epoch, " ", seq, " ", e.Kind, " ", f.StreamSeq))
+				}
+			}
+		}
+	}
+	got := map[schema.SessionID][]string{}
+	last := map[schema.SessionID]map[schema.Kind]uint64{}
+	for _, w := range s.worked() {
+		id := w.id()
+		got[id] = append(got[id], fmt.Sprint(w.GetEpoch(), " ", w.GetSeq(), " ", w.kind, " ", w.GetThrough()))
+		if last[id] == nil {
+			last[id] = map[schema.Kind]uint64{}
+		}
+		before := map[schema.Kind]uint64{}
+		for _, b := range w.GetBefore() {
+			before[schema.Kind(b.GetKind())] = b.GetWorkSeq()
+		}
+		if fmt.Sprint(before) != fmt.Sprint(last[id]) {
+			s.Errorf("session %s: before seq %d stand %v, it says %v", id, w.GetSeq(), last[id], before)
+		}
+		last[id][w.kind] = w.seq
+	}
+	for id, items := range want {
+		if fmt.Sprint(items) != fmt.Sprint(got[id]) {
+			s.Errorf("session %s has the work\n%v\nand WORK holds\n%v", id, items, got[id])
+		}
+		delete(got, id)
+	}
+	for id, items := range got {
+		s.Errorf("WORK holds, of session %s, which has none: %v", id, items)
+	}
+}
+
+// TestI7_ProjectorKilledAnywhere: a projector that is killed before or after any message that it stores is continued by the next, and every envelope that makes work is dispatched once, in its order.
+func TestI7_ProjectorKilledAnywhere(t *testing.T) {
+	step := 3
+	if testing.Short() {
+		step = 12
+	}
+	for _, after := range []bool{false, true} {
+		for at, killed := 1, true; killed; at += step {
+			synctest.Test(t, func(t *testing.T) {
+				s := newShelf(t, 1, 41)
+				a, b := s.scribe("default", "a"), s.scribe("default", "b")
+				all := []*scribe{a, b}
+				a.some(100)
+				w := newWire(s.node)
+				w.counts, w.cutAt, w.after = dispatches, at+1, after
+				first := s.run(w, "one")
+				for i := range 5 {
+					a.some(60)
+					b.some(30)
+					x := s.scribe("other", fmt.Sprint("once", i))
+					x.some(20)
+					all = append(all, x)
+					if i == 2 {
+						b.delete()
+					}
+					time.Sleep(700 * time.Millisecond)
+				}
+				killed = false
+				select {
+				case <-w.dead:
+					killed = true
+				default:
+				}
+				first.cancel()
+				if err := <-first.over; err != nil && !killed {
+					t.Error(err)
+				}
+				a.some(40)
+				second := s.run(nil, "one")
+				time.Sleep(5 * time.Second)
+				second.end(t)
+				s.wantWork(all...)
+				if t.Failed() {
+					t.Fatalf("killed at message %d, after it: %v", at, after)
+				}
+			})
+		}
+	}
+}
+
+// TestI7_AFrozenProjectorDispatchesNothingTwice: another takes the stream over within 5 s; the one that was frozen in the middle of its work thaws, and what it still had to say changes nothing.
+func TestI7_AFrozenProjectorDispatchesNothingTwice(t *testing.T) {
+	for seed := range uint64(6) {
+		synctest.Test(t, func(t *testing.T) {
+			s := newShelf(t, 1, 43+seed)
+			a, b := s.scribe("default", "a"), s.scribe("default", "b")
+			w := newWire(s.node)
+			zombie := s.run(w, "zombie")
+			heir := s.run(nil, "heir")
+			time.Sleep(2 * time.Second)
+			a.some(200)
+			time.Sleep(time.Duration(seed) * 300 * time.Microsecond)
+			w.frozen.Store(true)
+			a.some(100)
+			b.some(300)
+			began := time.Now()
+			for n := 0; n == 0; time.Sleep(10 * time.Millisecond) {
+				for _, x := range s.worked() {
+					if x.GetSession() == "b" {
+						n++
+					}
+				}
+				if time.Since(began) > time.Minute {
+					t.Fatal("nobody takes the stream over")
+				}
+			}
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("the work of a stream whose projector is frozen is dispatched after %s", took)
+			}
+			time.Sleep(5 * time.Second)
+			s.wantWork(a, b)
+			w.frozen.Store(false)
+			a.some(50)
+			time.Sleep(20 * time.Second)
+			s.wantWork(a, b)
+			zombie.end(t)
+			heir.end(t)
+		})
+	}
+}
+
+// TestI7_WorkIsForgottenWithItsSession: a deletion takes the items of the history, and the next begins with its own.
+func TestI7_WorkIsForgottenWithItsSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShelf(t, 1, 47)
+		a, b := s.scribe("default", "a"), s.scribe("default", "b")
+		p := s.run(nil, "one")
+		a.some(300)
+		b.some(100)
+		time.Sleep(time.Second)
+		s.wantWork(a, b)
+		a.delete()
+		time.Sleep(time.Second)
+		s.wantWork(b)
+		a.some(200)
+		time.Sleep(time.Second)
+		s.wantWork(a, b)
+		p.end(t)
+	})
+}
