@@ -200,3 +200,30 @@ func TestI7_WorkIsForgottenWithItsSession(t *testing.T) {
 		p.end(t)
 	})
 }
+
+// TestI7_PagesComeBehindWork: what says that a frame was projected is not stored before the frame's work is, or whoever goes on from there would pass over it.
+func TestI7_PagesComeBehindWork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShelf(t, 1, 53)
+		a := s.scribe("default", "a")
+		a.some(600)
+		w := newWire(s.node)
+		w.counts, w.cutAt = func(subject string) bool { return strings.HasPrefix(subject, "work.") }, 1
+		nc, err := Server{InProcess: w, Name: "test"}.connect(testLogger(t), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		p := newProjection(nc, s.r, free{}, 1<<20, newProjectionMetrics(nil), testLogger(t))
+		p.work = &dispatch{}
+		s.feed(p, 0, 1, s.lastSeq("LOG_00"))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := p.flush(ctx); err == nil {
+			t.Error("the flush of a process that is dead succeeded")
+		}
+		if n := len(s.derived()); n != 0 || len(s.worked()) != 0 {
+			t.Errorf("%d pages and records are stored, and %d work items", n, len(s.worked()))
+		}
+	})
+}

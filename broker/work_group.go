@@ -35,6 +35,7 @@ const (
 const (
 	metaTenant     = "tidemark.tenant"
 	metaGroup      = "tidemark.group"
+	metaAckWait    = "tidemark.ack_wait_ms"
 	metaKinds      = "tidemark.kinds"
 	metaSessions   = "tidemark.sessions"
 	metaMaxDeliver = "tidemark.max_deliver"
@@ -139,7 +140,7 @@ func (s groupSettings) into(k groupKey, c jetstream.ConsumerConfig) (jetstream.C
 		backoff = append(backoff, d.Milliseconds())
 	}
 	c.Metadata = map[string]string{
-		metaTenant: k.tenant, metaGroup: k.name, metaMaxDeliver: strconv.Itoa(s.maxDeliver), metaOrdered: strconv.FormatBool(s.ordered), metaBegan: s.began.UTC().Format(time.RFC3339Nano),
+		metaTenant: k.tenant, metaGroup: k.name, metaAckWait: strconv.FormatInt(s.ackWait.Milliseconds(), 10), metaMaxDeliver: strconv.Itoa(s.maxDeliver), metaOrdered: strconv.FormatBool(s.ordered), metaBegan: s.began.UTC().Format(time.RFC3339Nano),
 	}
 	for name, v := range map[string]any{metaKinds: s.kinds, metaSessions: s.sessions, metaBackoff: backoff} {
 		text, err := json.Marshal(v)
@@ -148,7 +149,8 @@ func (s groupSettings) into(k groupKey, c jetstream.ConsumerConfig) (jetstream.C
 		}
 		c.Metadata[name] = string(text)
 	}
-	c.Durable, c.AckPolicy, c.AckWait = k.consumer(), jetstream.AckExplicitPolicy, s.ackWait
+	// The edges count the time, so that nobody gets an item while another has it; the server's is for those that die.
+	c.Durable, c.AckPolicy, c.AckWait = k.consumer(), jetstream.AckExplicitPolicy, s.ackWait+min(max(s.ackWait/10, 50*time.Millisecond), time.Second)
 	// The edges count: they know what became of an item that was handed out for the last time, and write it down before it is settled.
 	c.MaxDeliver, c.MaxAckPending = -1, maxInHand
 	c.FilterSubject, c.FilterSubjects = "", s.filters(k)
@@ -158,7 +160,7 @@ func (s groupSettings) into(k groupKey, c jetstream.ConsumerConfig) (jetstream.C
 // settingsOf reads them back. The error says that the consumer is not one of Tidemark's.
 func settingsOf(c jetstream.ConsumerConfig) (groupKey, groupSettings, error) {
 	k := groupKey{c.Metadata[metaTenant], c.Metadata[metaGroup]}
-	s := groupSettings{ackWait: c.AckWait, ordered: c.Metadata[metaOrdered] == "true"}
+	s := groupSettings{ordered: c.Metadata[metaOrdered] == "true"}
 	if k.tenant == "" || k.name == "" {
 		return k, s, errors.New("broker: its metadata names no group")
 	}
@@ -171,7 +173,11 @@ func settingsOf(c jetstream.ConsumerConfig) (groupKey, groupSettings, error) {
 	for _, ms := range backoff {
 		s.backoff = append(s.backoff, time.Duration(ms)*time.Millisecond)
 	}
-	var err error
+	ms, err := strconv.ParseInt(c.Metadata[metaAckWait], 10, 64)
+	if err != nil {
+		return k, s, err
+	}
+	s.ackWait = time.Duration(ms) * time.Millisecond
 	if s.maxDeliver, err = strconv.Atoi(c.Metadata[metaMaxDeliver]); err != nil {
 		return k, s, err
 	}

@@ -26,7 +26,8 @@ import (
 const (
 	workStream = "WORK"
 	deadStream = "DEAD"
-	// orderStream has, of the groups that take a session's items in their order, how far each has come in each session: order.<tenant>.<group>.<session>, a sequence of WORK.
+	// orderStream has two registers, decimal numbers. Of groups that take a session's items in their order, how far each has come in each session, a sequence of WORK: order.<tenant>.<group>.<session>. And how
+	// often an item was delivered to an edge that could not put it into anybody's hands: unhanded.<tenant>.<group>.<sequence in WORK>.
 	orderStream = "ORDER"
 )
 
@@ -58,7 +59,7 @@ func provisionWork(ctx context.Context, js jetstream.JetStream, l Layout) error 
 	work, dead, order := base, base, base
 	work.Name, work.Subjects, work.MaxConsumers = workStream, []string{"work.>", "redrive.>"}, maxGroups
 	dead.Name, dead.Subjects, dead.MaxMsgsPerSubject = deadStream, []string{"dead.>"}, 1
-	order.Name, order.Subjects, order.MaxMsgsPerSubject = orderStream, []string{"order.>"}, 1
+	order.Name, order.Subjects, order.MaxMsgsPerSubject = orderStream, []string{"order.>", "unhanded.>"}, 1
 	for _, c := range []jetstream.StreamConfig{work, dead, order} {
 		if _, err := js.CreateOrUpdateStream(ctx, c); err != nil {
 			return fmt.Errorf("broker: stream %s: %w", c.Name, err)

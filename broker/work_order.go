@@ -77,8 +77,11 @@ func (o *workOrder) reached(session string, seq uint64) {
 	if seq > o.at[session] {
 		o.at[session] = seq
 	}
-	o.release(session)
+	spent, settings := o.release(session), o.g.settings
 	o.g.mu.Unlock()
+	for _, h := range spent {
+		o.g.exhausted(h, settings)
+	}
 	o.g.ask()
 }
 
@@ -95,8 +98,15 @@ func (o *workOrder) park(h *heldItem) bool {
 	if o.count == 0 {
 		o.since = time.Now()
 	}
-	o.count++
 	session := h.item.GetSession()
+	for i, x := range o.parked[session] {
+		if x.item.seq == h.item.seq {
+			// The server has lost patience with the one that is here.
+			o.parked[session][i] = h
+			return true
+		}
+	}
+	o.count++
 	o.parked[session] = append(o.parked[session], h)
 	if len(o.parked[session]) == 1 {
 		// Whether it has to wait is not known here yet, as after a restart.
@@ -105,20 +115,25 @@ func (o *workOrder) park(h *heldItem) bool {
 	return true
 }
 
-// release lets go the items of a session that need not wait any more. Called with mu held.
-func (o *workOrder) release(session string) {
+// release lets go the items of a session that need not wait any more, and returns those that were handed out often enough before. Called with mu held.
+func (o *workOrder) release(session string) (spent []*heldItem) {
 	var left []*heldItem
 	for _, h := range o.parked[session] {
-		if o.passed(h) {
-			o.count--
-			o.g.spare = append(o.g.spare, h)
-		} else {
+		switch {
+		case !o.passed(h):
 			left = append(left, h)
+			continue
+		case h.attempt > o.g.settings.maxDeliver:
+			spent = append(spent, h)
+		default:
+			o.g.spare = append(o.g.spare, h)
 		}
+		o.count--
 	}
 	if o.parked[session] = left; len(left) == 0 {
 		delete(o.parked, session)
 	}
+	return spent
 }
 
 // full reports whether no more items are to be asked for. Called with mu held.

@@ -168,7 +168,7 @@ func (g *workGroup) leave(w *Worker) {
 			break
 		}
 	}
-	var back []*heldItem
+	var back, unhanded []*heldItem
 	for _, h := range g.held {
 		if h.worker == w {
 			back = append(back, h)
@@ -179,16 +179,16 @@ func (g *workGroup) leave(w *Worker) {
 	last := len(g.workers) == 0
 	if last {
 		g.closed = true
-		back = append(back, g.spare...)
-		g.spare = nil
+		unhanded, g.spare = g.spare, nil
 		if g.order != nil {
-			back = append(back, g.order.takeAll()...)
+			unhanded = append(unhanded, g.order.takeAll()...)
 		}
 	}
 	g.mu.Unlock()
 	for _, h := range back {
 		g.answer(h, nak(0))
 	}
+	g.handBack(0, unhanded...)
 	if last {
 		g.log.retire(g)
 		close(g.over)
@@ -224,7 +224,9 @@ func (l *JetStreamLog) closeWork() {
 func (g *workGroup) run() {
 	connected := g.log.conn.StatusChanged(nats.CONNECTED)
 	defer g.log.conn.RemoveStatusListener(connected)
-	tick := time.NewTicker(groupTick)
+	g.mu.Lock()
+	tick := time.NewTicker(min(groupTick, g.settings.ackWait/4))
+	g.mu.Unlock()
 	defer tick.Stop()
 	for {
 		select {
@@ -392,22 +394,41 @@ func (g *workGroup) deliver(m *nats.Msg) {
 		g.ask()
 		return
 	}
-	if h.attempt > s.maxDeliver {
-		g.mu.Unlock()
-		g.giveUp(h, s, s.maxDeliver, "It was handed out "+times(s.maxDeliver)+", and nobody settled it in time.")
-		g.ask()
+	g.mu.Unlock()
+	if h.attempt == 1 {
+		g.place(h)
 		return
 	}
-	if g.order != nil && item.GetRedrivenFrom() == 0 {
-		if h.predecessor = s.predecessor(item); h.predecessor > 0 && !g.order.passed(h) {
+	g.log.appending.Go(func() {
+		// Deliveries that never came into anybody's hands do not count.
+		if n, err := g.unhanded(h); err == nil {
+			h.attempt -= n
+		}
+		g.place(h)
+	})
+}
+
+// place gives an item that came to a worker, or lets it wait for one, or for the item before it; or gives it up, where it was handed out often enough.
+func (g *workGroup) place(h *heldItem) {
+	g.mu.Lock()
+	if g.order != nil && h.item.GetRedrivenFrom() == 0 {
+		h.predecessor = g.settings.predecessor(h.item)
+		if h.predecessor > 0 && !g.order.passed(h) {
 			parked := !g.closed && g.order.park(h)
 			g.mu.Unlock()
 			if !parked {
-				g.answer(h, nak(time.Second))
+				g.handBack(time.Second, h)
 			}
 			g.ask()
 			return
 		}
+	}
+	s := g.settings
+	if h.attempt > s.maxDeliver {
+		g.mu.Unlock()
+		g.exhausted(h, s)
+		g.ask()
+		return
 	}
 	wake := g.assign(h)
 	kept := wake == nil && !g.closed && len(g.spare) < maxSpare
@@ -419,8 +440,13 @@ func (g *workGroup) deliver(m *nats.Msg) {
 	case wake != nil:
 		wake()
 	case !kept:
-		g.answer(h, nak(0))
+		g.handBack(0, h)
 	}
+}
+
+// exhausted gives up an item that was handed out as often as the group allows, and not settled.
+func (g *workGroup) exhausted(h *heldItem, s groupSettings) {
+	g.giveUp(h, s, s.maxDeliver, "It was handed out "+times(s.maxDeliver)+", and nobody settled it in time.")
 }
 
 // assign puts an item into the hands of a worker that has room, in turn; nil where none has. It returns what wakes the worker. Called with mu held.
@@ -437,12 +463,19 @@ func (g *workGroup) assign(h *heldItem) (wake func()) {
 			Envelope: h.item.envelope, Cancelled: h.item.GetCancelled(),
 		}
 		h.timer = time.AfterFunc(g.settings.ackWait, func() { g.expire(h) })
+		late := time.Since(h.came) > time.Millisecond
 		g.held[h.work.ID] = h
 		w.hand++
 		w.queue = append(w.queue, h)
 		g.log.metrics.workHanded.Inc()
 		g.log.watchCancel(g, h)
-		return w.wake
+		return func() {
+			if late {
+				// It was here before, and its time begins now.
+				g.answer(h, ackProgress)
+			}
+			w.wake()
+		}
 	}
 	return nil
 }
@@ -473,7 +506,7 @@ func (g *workGroup) take(w *Worker, id uint64) *heldItem {
 	return h
 }
 
-// expire is the end of an item's time: the server hands it out again.
+// expire is the end of an item's time: it goes to others.
 func (g *workGroup) expire(h *heldItem) {
 	g.mu.Lock()
 	if g.held[h.work.ID] != h || time.Now().Before(h.work.Deadline) {
@@ -483,6 +516,7 @@ func (g *workGroup) expire(h *heldItem) {
 	g.drop(h)
 	g.mu.Unlock()
 	g.log.metrics.workExpired.Inc()
+	g.answer(h, nak(0))
 	g.ask()
 }
 
