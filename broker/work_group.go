@@ -25,6 +25,9 @@ const (
 	// defaultAckWait is longer than most tools take, and short for a person who waits.
 	defaultAckWait    = 30 * time.Second
 	defaultMaxDeliver = 5
+	// joinWithin is how long a worker that joins waits for NATS, in attempts that take no longer than joinAttempt.
+	joinWithin  = 10 * time.Second
+	joinAttempt = 2 * time.Second
 	// maxInHand bounds the items of a group that are in hand anywhere at once.
 	maxInHand = 100_000
 	// maxFilters bounds the subjects that a consumer filters by; where a group's sessions would need more, the edges pass over what it does not want.
@@ -256,7 +259,10 @@ func words(kinds []schema.Kind) string {
 func (l *JetStreamLog) settleGroup(ctx context.Context, k groupKey, o WorkOptions) (groupSettings, error) {
 	var retry backoff
 	for {
-		s, err := l.tryGroup(ctx, k, o)
+		// A request whose connection broke is never answered.
+		attempt, cancel := context.WithTimeout(ctx, joinAttempt)
+		s, err := l.tryGroup(attempt, k, o)
+		cancel()
 		if err == nil {
 			return s, nil
 		}

@@ -87,7 +87,7 @@ func (l *JetStreamLog) Join(ctx context.Context, tenant string, o WorkOptions) (
 	if o.Credit == 0 {
 		o.Credit = 1
 	}
-	ctx, cancel := context.WithTimeout(ctx, getTimeout)
+	ctx, cancel := context.WithTimeout(ctx, joinWithin)
 	defer cancel()
 	if _, err := l.ready(ctx); err != nil {
 		return nil, err
