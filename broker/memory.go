@@ -153,16 +153,17 @@ func (l *MemoryLog) publish(id schema.SessionID, s *Submission) (Receipt, error)
 	if err := m.checkProducers(id, s.Envelopes); err != nil {
 		return Receipt{}, err
 	}
-	life, refusal := m.life.take(id, s.Kind, m.head(), s.Envelopes)
+	life, own, refusal := m.life.take(id, s.Kind, m.head(), s.Envelopes)
 	if refusal != nil {
 		return Receipt{}, refusal
 	}
 	m.life = life
-	m.store(s.Envelopes, time.Now())
+	r := Receipt{Epoch: m.epoch, First: m.head() + 1, Last: m.head() + n}
+	m.store(slices.Concat(s.Envelopes, own), time.Now())
 	l.changes++
 	m.changed = l.changes
 	l.sessions[id] = m
-	return Receipt{Epoch: m.epoch, First: m.head() - n + 1, Last: m.head()}, nil
+	return r, nil
 }
 
 // placeOf is the seq at which the envelope is stored; 0 where it is not known.

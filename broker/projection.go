@@ -228,7 +228,7 @@ func (s *state) project(f *frame, v View) error {
 		if err != nil {
 			return badFrame(err)
 		}
-		s.foldPayload(seq, e.Kind, e.Payload, e.Producer)
+		s.foldPayload(seq, said{e.Kind, e.Payload, raw}, e.Producer)
 	}
 	s.frame = f.StreamSeq
 	return nil
@@ -346,7 +346,10 @@ func (p *projection) full() bool {
 
 // measure counts what the session takes in memory.
 func (p *projection) measure(s *projected) {
-	size := sessionCost + len(s.subject) + cap(s.region) + cap(s.frames)*24 + len(s.st.metadata)
+	size := sessionCost + len(s.subject) + cap(s.region) + cap(s.frames)*24 + len(s.st.metadata) + len(s.st.fallback) + len(s.st.answered)*8
+	for _, t := range s.st.cancelled {
+		size += 32 + len(t.request) + len(t.run)
+	}
 	for k, producer := range s.st.producers {
 		size += 200 + len(k.owner) + len(k.id) + len(producer.runs)*24
 	}
