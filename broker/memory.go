@@ -28,7 +28,7 @@ type MemoryLog struct {
 	followers map[schema.SessionID]map[*memorySource]bool
 	changes   uint64
 	// seats are those taken; who has none is not there.
-	seats map[user]int
+	seats map[party]int
 }
 
 var _ Log = (*MemoryLog)(nil)
@@ -59,7 +59,7 @@ type memoryProducer struct {
 
 // NewMemoryLog makes an empty log.
 func NewMemoryLog() *MemoryLog {
-	return &MemoryLog{sessions: map[schema.SessionID]*memorySession{}, followers: map[schema.SessionID]map[*memorySource]bool{}, seats: map[user]int{}}
+	return &MemoryLog{sessions: map[schema.SessionID]*memorySession{}, followers: map[schema.SessionID]map[*memorySource]bool{}, seats: map[party]int{}}
 }
 
 // Status implements [Log]. The log is always ready.
@@ -391,7 +391,7 @@ func (l *MemoryLog) Enter(_ context.Context, id schema.SessionID, subject string
 	if limit <= 0 {
 		return func() {}, nil
 	}
-	u := user{id, subject}
+	u := party{session: id, name: subject}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.seats[u] >= limit {

@@ -198,7 +198,7 @@ func TestPresenceForgets(t *testing.T) {
 func TestPresenceInAnotherBucket(t *testing.T) {
 	presenceOf(t, func(t *testing.T, l *JetStreamLog, run func()) {
 		run()
-		u := user{schema.SessionID{Tenant: "default", Name: "s"}, "ada"}
+		u := party{session: schema.SessionID{Tenant: "default", Name: "s"}, name: "ada"}
 		leave, err := l.Enter(t.Context(), u.session, u.subject, 5)
 		if err != nil {
 			t.Fatal(err)
@@ -251,7 +251,7 @@ func TestPresenceInAnotherBucket(t *testing.T) {
 	})
 }
 
-func seatsIn(t *testing.T, kv jetstream.KeyValue, u user) map[string]int {
+func seatsIn(t *testing.T, kv jetstream.KeyValue, u party) map[string]int {
 	t.Helper()
 	e, err := kv.Get(t.Context(), u.key())
 	if err != nil {
