@@ -381,7 +381,7 @@ func newWatchdogMetrics(r prometheus.Registerer) *watchdogMetrics {
 		return prometheus.Opts{Namespace: "tidemark", Subsystem: "watchdog", Name: name, Help: help}
 	}
 	m := &watchdogMetrics{
-		watched:  prometheus.NewGaugeVec(prometheus.GaugeOpts(opts("sessions", "Sessions with a run under way that this process wards.")), []string{"stream"}),
+		watched:  prometheus.NewGaugeVec(prometheus.GaugeOpts(opts("sessions", "Sessions with a run under way that this process watches.")), []string{"stream"}),
 		verdicts: prometheus.NewCounterVec(prometheus.CounterOpts(opts("verdicts_total", "What this process said for want of anybody else: orphaned, of a run whose agent disappeared; deadline, the default answer to a question.")), []string{"verdict"}),
 		leases:   prometheus.NewGauge(prometheus.GaugeOpts(opts("leases", "Runs that have an agent, over all edges."))),
 	}
