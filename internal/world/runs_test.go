@@ -119,18 +119,22 @@ func TestI10_AgentDisappears(t *testing.T) {
 			release()
 			release()
 		}
+		released := time.Now()
+		var spoke time.Time
 		for range 5 {
 			w.Sleep(10 * time.Second)
 			talker.Put("talker", Token("more "))
+			spoke = time.Now()
 		}
 		w.Edge(1).wantAlive("gone", "after 50 s")
 		w.Edge(1).wantAlive("back", "after 50 s")
 		keep := w.Edge(1).Log.KeepRun(Session("back"), "r")
-		took := w.Edge(1).failedAfter("gone")
-		wantAbout(t, "the verdict", 50*time.Second+took, time.Minute)
+		w.Edge(1).failedAfter("gone")
+		wantAbout(t, "the verdict", time.Since(released), time.Minute)
 		w.Sleep(30 * time.Second)
-		w.Edge(1).wantAlive("talker", "40 s after its last word")
-		wantAbout(t, "the verdict on who fell silent", 40*time.Second+w.Edge(1).failedAfter("talker"), time.Minute)
+		w.Edge(1).wantAlive("talker", "half a minute after its last word")
+		w.Edge(1).failedAfter("talker")
+		wantAbout(t, "the verdict on who fell silent", time.Since(spoke), time.Minute)
 		w.Sleep(time.Hour)
 		for _, s := range []string{"back", "unnamed", "queued", "asker"} {
 			w.Edge(1).wantAlive(s, "for an hour more")
