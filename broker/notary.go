@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/oklog/ulid/v2"
 
 	"tidemark/schema"
@@ -39,13 +40,15 @@ func submissionOf(expected *uint64, envelopes ...*schema.Envelope) (*Submission,
 // append the same submission again finds out. It never begins a history: the session must have an envelope.
 func (n *notary) append(ctx context.Context, id schema.SessionID, s *Submission) (Receipt, error) {
 	var retry backoff
-	for losses := 0; ; {
-		r, err := n.attempt(ctx, id, s, losses >= lossesBeforeHandOver)
+	d := deed{n: n, id: id, ln: laneOf(id), s: s}
+	for {
+		r, err := d.attempt(ctx)
 		if err == nil {
 			return r, nil
 		}
 		if errors.Is(err, errLostRace) {
-			losses++
+			d.losses++
+			retry = backoff{}
 		} else if refused, ok := errors.AsType[*schema.Refusal](err); ok && refused.Code != schema.Code_CODE_UNAVAILABLE {
 			return Receipt{}, refused
 		}
@@ -55,50 +58,87 @@ func (n *notary) append(ctx context.Context, id schema.SessionID, s *Submission)
 	}
 }
 
-// attempt decides on the head as it is now and stores. The error is errLostRace where another frame came first, a refusal, or one that passes. handsOver: another writes without a pause, so it is asked to.
-func (n *notary) attempt(ctx context.Context, id schema.SessionID, s *Submission, handsOver bool) (r Receipt, err error) {
-	ln := laneOf(id)
-	head, err := n.r.headFrameFromLeader(ctx, ln)
+// deed is one submission on its way.
+type deed struct {
+	n  *notary
+	id schema.SessionID
+	ln lane
+	s  *Submission
+	// st is where the session stood at the attempt before; nil where that is not known.
+	st *state
+	// losses are the races that were lost.
+	losses int
+	// doubtful: an attempt was not answered, so that it may be stored.
+	doubtful bool
+}
+
+// attempt decides on the head as it is now, and stores. The error is errLostRace where another frame came first, a refusal, or one that passes.
+func (d *deed) attempt(ctx context.Context) (r Receipt, err error) {
+	head, err := d.n.r.headFrameFromLeader(ctx, d.ln)
 	if err != nil {
 		return r, err
 	}
 	if head == nil || head.Deleted {
-		return r, notFound(id)
+		return r, notFound(d.id)
 	}
-	st, err := n.r.state(ctx, ln, head)
+	// Another that writes without a pause wins every race, so it is asked to.
+	rival := ""
+	if d.losses >= lossesBeforeHandOver && head.Edge != d.n.name {
+		rival = head.Edge
+	}
+	if rival != "" && !d.doubtful {
+		// Where the session stands need not be known for it, only that nothing of this is stored up to here; to read that would take too long.
+		if r, done, err := d.handOver(ctx, rival, Cursor{Epoch: head.Epoch, Seq: head.Last()}); done {
+			return r, err
+		}
+	}
+	st := d.st
+	d.st = nil
+	if st != nil && st.epoch == head.Epoch {
+		err = d.n.r.each(ctx, d.ln, head, st.head, st.foldRest)
+	} else {
+		st, err = d.n.r.state(ctx, d.ln, head)
+	}
 	if err != nil {
 		return r, err
 	}
-	d := newDraft(id, st)
-	stored, err := d.add(s, s.size)
-	if err != nil || stored != nil {
-		if stored != nil {
-			r = *stored
-		}
+	draft := newDraft(d.id, st)
+	stored, err := draft.add(d.s, d.s.size)
+	if stored != nil {
+		return *stored, nil
+	}
+	if err != nil {
 		return r, err
 	}
-	if handsOver && head.Edge != n.name {
-		results, err := handOver(ctx, n.nc, head.Edge, id, Cursor{Epoch: st.epoch, Seq: st.head}, []*Submission{s})
-		if err == nil {
-			return receiptOf(results[0])
+	if rival != "" && d.doubtful {
+		if r, done, err := d.handOver(ctx, rival, Cursor{Epoch: st.epoch, Seq: st.head}); done {
+			return r, err
 		}
-		// Whether it was stored there all the same, the next head tells.
 	}
-	_, data := d.frame(n.name, ulid.Make(), time.Now(), nil)
-	_, err = publishFenced(ctx, n.nc, ln.logSubject(), data, st.frame)
-	if isConflict(err) {
+	_, data := draft.frame(d.n.name, ulid.Make(), time.Now(), nil)
+	_, err = publishFenced(ctx, d.n.nc, d.ln.logSubject(), data, st.frame)
+	if err == nil {
+		return draft.taken[0].r, nil
+	}
+	draft.rollback()
+	if d.st = st; isConflict(err) {
 		return r, errLostRace
 	}
-	if err != nil {
-		return r, err
+	if _, answered := errors.AsType[*jetstream.APIError](err); !answered {
+		d.doubtful = true
 	}
-	return d.taken[0].r, nil
+	return r, err
 }
 
-// receiptOf reads what became of a submission that was handed over.
-func receiptOf(r *schema.HandOverResult) (Receipt, error) {
-	if r.GetCode() != schema.Code_CODE_UNSPECIFIED {
-		return Receipt{}, &schema.Refusal{Code: r.GetCode(), Message: r.GetDetail(), Head: r.GetHeadSeq(), Expected: r.GetExpected()}
+// handOver asks the rival's edge to store the submission, of which nothing is stored up to base. Not done: it did not, as far as is known.
+func (d *deed) handOver(ctx context.Context, rival string, base Cursor) (r Receipt, done bool, err error) {
+	results, err := handOver(ctx, d.n.nc, rival, d.id, base, []*Submission{d.s})
+	if err != nil {
+		d.doubtful = d.doubtful || !errors.Is(err, nats.ErrNoResponders)
+		return r, false, err
 	}
-	return Receipt{Epoch: r.GetEpoch(), First: r.GetFirstSeq(), Last: r.GetLastSeq(), Duplicate: r.GetDuplicate()}, nil
+	if m := results[0]; m.GetCode() != schema.Code_CODE_UNSPECIFIED {
+		return r, true, &schema.Refusal{Code: m.GetCode(), Message: m.GetDetail(), Head: m.GetHeadSeq(), Expected: m.GetExpected()}
+	}
+	return Receipt{Epoch: results[0].GetEpoch(), First: results[0].GetFirstSeq(), Last: results[0].GetLastSeq(), Duplicate: results[0].GetDuplicate()}, true, nil
 }
