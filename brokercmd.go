@@ -106,6 +106,18 @@ func (f *layoutFlags) layout(d schema.Durability) broker.Layout {
 	return broker.Layout{Streams: f.Streams, Replicas: f.Replicas, MaxAge: f.MaxAge, MaxBytes: int64(f.MaxMB) << 20, Durability: d}
 }
 
+// runFlags say when runs end that nobody else ends.
+type runFlags struct {
+	OrphanAfter time.Duration `default:"60s" help:"How long a run may be without its agent before it is failed as orphaned, where its start_run does not say: 1s or more."`
+}
+
+func (f *runFlags) checkRuns() error {
+	if f.OrphanAfter < time.Second {
+		return errors.New("--orphan-after must be at least 1s")
+	}
+	return nil
+}
+
 // startBroker runs the projections until the process ends.
 func (p *process) startBroker(c broker.BrokerConfig) (*broker.Broker, error) {
 	b, err := broker.NewBroker(c)
@@ -154,6 +166,7 @@ type brokerCommand struct {
 	nodeFlags
 	natsFlags
 	layoutFlags
+	runFlags
 	HTTP     string `name:"http" default:"127.0.0.1:8083" help:"Address for /healthz, /readyz and /metrics, or off."`
 	Name     string `name:"broker-name" placeholder:"NAME" help:"Name of this broker, unique among those that are alive. Default: a new one at each start."`
 	MemoryMB int    `name:"memory-mb" default:"64" help:"Most that the projectors hold in memory, in MiB."`
@@ -170,7 +183,7 @@ func (c *brokerCommand) Validate() error {
 	if c.MemoryMB < 1 {
 		return errors.New("--memory-mb must be at least 1")
 	}
-	return nil
+	return c.checkRuns()
 }
 
 // Run serves until the process is told to stop.
@@ -191,7 +204,7 @@ func (c *brokerCommand) Run(ctx context.Context, env *environment) error {
 			return releaseAfter(err, lock)
 		}
 		metrics := newRegistry()
-		cfg := broker.BrokerConfig{Name: c.Name, Memory: c.MemoryMB << 20, Logger: env.log, Metrics: metrics}
+		cfg := broker.BrokerConfig{Name: c.Name, Memory: c.MemoryMB << 20, OrphanAfter: c.OrphanAfter, Logger: env.log, Metrics: metrics}
 		at := addresses{HTTP: addressOf(status), GRPC: off, NATS: off}
 		if c.Embedded {
 			n, err := p.startNode(lock, &c.nodeFlags)

@@ -24,7 +24,8 @@ type devCommand struct {
 	GRPC    string `name:"grpc" default:"127.0.0.1:8081" help:"Address for gRPC, gRPC-Web and Connect; port 0 for a free one."`
 	nodeFlags
 	MaxAge time.Duration `default:"720h" help:"How long envelopes are kept."`
-	Page   bool          `default:"true" negatable:"" help:"Serve the page to look at sessions with at /."`
+	runFlags
+	Page bool `default:"true" negatable:"" help:"Serve the page to look at sessions with at /."`
 	ipcFlags
 	jwksFlags
 	edgeFlags
@@ -45,6 +46,9 @@ func (c *devCommand) Run(ctx context.Context, env *environment) error {
 	}
 	if err := c.check(); err != nil {
 		return err
+	}
+	if err := c.checkRuns(); err != nil {
+		return usageError{err}
 	}
 	if c.IPC && c.JWKS != "" {
 		return usage("--ipc serves whoever has the token of its file, and --jwks those whom others vouch for; choose one")
@@ -83,7 +87,8 @@ func (c *devCommand) start(p *process) error {
 	metrics := newRegistry()
 	durability := schema.ParseDurability(c.Durability)
 	b, err := p.startBroker(broker.BrokerConfig{
-		Server: n.nats, Layout: broker.Layout{MaxAge: c.MaxAge, Durability: durability}, Name: embeddedName(""), Logger: p.env.log, Metrics: metrics,
+		Server: n.nats, Layout: broker.Layout{MaxAge: c.MaxAge, Durability: durability}, Name: embeddedName(""), OrphanAfter: c.OrphanAfter,
+		Logger: p.env.log, Metrics: metrics,
 	})
 	if err != nil {
 		return err

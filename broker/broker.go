@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -25,8 +26,10 @@ type BrokerConfig struct {
 	Name string
 	// Memory bounds the sessions that the projectors hold, in bytes. Default 64 MiB.
 	Memory int
-	Logger *slog.Logger
-	// Metrics registers the projectors' metrics; none where nil.
+	// OrphanAfter is how long a run may be without its agent before it is failed, where its start_run does not say. Default 60 s: longer than a deployment of agents takes, shorter than people wait.
+	OrphanAfter time.Duration
+	Logger      *slog.Logger
+	// Metrics registers the metrics of projectors and watchdog; none where nil.
 	Metrics prometheus.Registerer
 }
 
@@ -39,17 +42,21 @@ func (c *BrokerConfig) setDefaults() {
 	if c.Memory == 0 {
 		c.Memory = 64 << 20
 	}
+	if c.OrphanAfter == 0 {
+		c.OrphanAfter = time.Minute
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 }
 
-// Broker is the process with the projections: it lays the deployment out and keeps what is derived from the log. Several may run at once; for each log stream one of them does the work and the others
+// Broker is the process with the projections: it lays the deployment out, keeps what is derived from the log, and sees to it that runs end. Several may run at once; for each log stream one of them does the work and the others
 // stand by.
 type Broker struct {
 	// Static after construction.
 	cfg     BrokerConfig
 	metrics *projectionMetrics
+	watched *watchdogMetrics
 
 	// working is the connection, once the deployment is laid out.
 	working atomic.Pointer[nats.Conn]
@@ -61,7 +68,10 @@ func NewBroker(cfg BrokerConfig) (*Broker, error) {
 	if err := cfg.Layout.setDefaults(); err != nil {
 		return nil, err
 	}
-	return &Broker{cfg: cfg, metrics: newProjectionMetrics(cfg.Metrics)}, nil
+	if cfg.OrphanAfter < schema.MinOrphanAfterMs*time.Millisecond {
+		return nil, fmt.Errorf("broker: a run cannot be failed after %s without its agent; the least is a second", cfg.OrphanAfter)
+	}
+	return &Broker{cfg: cfg, metrics: newProjectionMetrics(cfg.Metrics), watched: newWatchdogMetrics(cfg.Metrics)}, nil
 }
 
 // Run waits for the server, lays the deployment out, and projects until ctx ends. Then it stores what it has, within seconds, and returns nil. The error is one that waiting does not mend: a deployment
@@ -87,9 +97,12 @@ func (b *Broker) Run(ctx context.Context) error {
 	r := newReader(nc, b.cfg.Layout.Streams)
 	var wg sync.WaitGroup
 	wg.Go(func() { b.keepPresence(ctx, nc, js) })
+	dog := newWatchdog(r, js, &notary{nc: nc, r: r, name: b.cfg.Name + "-watchdog"}, b.cfg.OrphanAfter, b.watched, b.cfg.Logger)
+	wg.Go(func() { dog.run(ctx) })
+	wg.Go(func() { dog.followLeases(ctx) })
 	for i := range b.cfg.Layout.Streams {
 		p := &projector{
-			stream: logStreamName(i), nc: nc, js: js, r: r, budget: b.cfg.Memory / b.cfg.Layout.Streams, maxAge: b.cfg.Layout.MaxAge, logger: b.cfg.Logger, metrics: b.metrics,
+			stream: logStreamName(i), nc: nc, js: js, r: r, dog: dog, budget: b.cfg.Memory / b.cfg.Layout.Streams, maxAge: b.cfg.Layout.MaxAge, logger: b.cfg.Logger, metrics: b.metrics,
 			lease: newLease(kv, logStreamName(i), b.cfg.Name, b.cfg.Logger),
 		}
 		wg.Go(func() { p.run(ctx) })

@@ -83,7 +83,7 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 	if err != nil {
 		return nil, err
 	}
-	life, refusal := d.life.take(d.id, s.Kind, d.head, s.Envelopes)
+	life, own, refusal := d.life.take(d.id, s.Kind, d.head, s.Envelopes)
 	if refusal != nil {
 		return nil, refusal
 	}
@@ -101,6 +101,12 @@ func (d *draft) add(s *Submission, size int) (stored *Receipt, err error) {
 		d.envelopes = append(d.envelopes, &s.Envelopes[i])
 	}
 	d.head, d.life = r.Last, life
+	for i := range own {
+		// Behind the publish, so that its own seqs follow each other.
+		d.head++
+		d.st.recent.put(d.head, own[i].ID)
+		d.envelopes = append(d.envelopes, &own[i])
+	}
 	d.size += size
 	for k, h := range heads {
 		if d.producers == nil {

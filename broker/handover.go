@@ -58,10 +58,28 @@ func (a *appender) saw(f *frame) {
 
 // handOver asks edge to append the first submissions of the batch, as many as make a frame, and answers them. It returns those that are still open; with an error, none was answered.
 func (a *appender) handOver(ctx context.Context, edge string, batch []*Submission) ([]*Submission, error) {
-	data := appendString(nil, 1, a.id.Tenant)
-	data = appendString(data, 2, a.id.Name)
-	data = appendString(data, 3, a.st.epoch)
-	data = appendUint(data, 4, a.st.head)
+	a.log.metrics.handOvers.Inc()
+	results, err := handOver(ctx, a.log.conn, edge, a.id, Cursor{Epoch: a.st.epoch, Seq: a.st.head}, batch)
+	if err != nil {
+		return batch, err
+	}
+	for i, r := range results {
+		if r.GetCode() == schema.Code_CODE_UNSPECIFIED {
+			batch[i].finish(Receipt{Epoch: r.GetEpoch(), First: r.GetFirstSeq(), Last: r.GetLastSeq(), Duplicate: r.GetDuplicate()}, nil)
+			continue
+		}
+		batch[i].finish(Receipt{}, &schema.Refusal{Code: r.GetCode(), Message: r.GetDetail(), Head: r.GetHeadSeq(), Expected: r.GetExpected()})
+	}
+	// Our state is behind now; the tail or the fence will tell.
+	return batch[len(results):], nil
+}
+
+// handOver asks edge to append the first submissions of the batch, as many as make a frame, and returns what became of them. Nothing of the batch is stored up to base. After an error it is not known.
+func handOver(ctx context.Context, nc *nats.Conn, edge string, id schema.SessionID, base Cursor, batch []*Submission) ([]*schema.HandOverResult, error) {
+	data := appendString(nil, 1, id.Tenant)
+	data = appendString(data, 2, id.Name)
+	data = appendString(data, 3, base.Epoch)
+	data = appendUint(data, 4, base.Seq)
 	sent, size := 0, 0
 	for _, s := range batch {
 		if size += s.size; sent > 0 && size > maxFrameBytes {
@@ -73,27 +91,18 @@ func (a *appender) handOver(ctx context.Context, edge string, batch []*Submissio
 	}
 	ctx, cancel := context.WithTimeout(ctx, handOverTimeout)
 	defer cancel()
-	a.log.metrics.handOvers.Inc()
-	msg, err := a.log.conn.RequestWithContext(ctx, edgeSubject(edge), data)
+	msg, err := nc.RequestWithContext(ctx, edgeSubject(edge), data)
 	if err != nil {
-		return batch, err
+		return nil, err
 	}
 	var reply schema.HandOverReply
 	if err := proto.Unmarshal(msg.Data, &reply); err != nil {
-		return batch, err
+		return nil, err
 	}
 	if reply.GetRefused() != "" || len(reply.GetResults()) != sent {
-		return batch, fmt.Errorf("broker: edge %s took %d of %d submissions: %s", edge, len(reply.GetResults()), sent, reply.GetRefused())
+		return nil, fmt.Errorf("broker: edge %s took %d of %d submissions: %s", edge, len(reply.GetResults()), sent, reply.GetRefused())
 	}
-	for i, r := range reply.GetResults() {
-		if r.GetCode() == schema.Code_CODE_UNSPECIFIED {
-			batch[i].finish(Receipt{Epoch: r.GetEpoch(), First: r.GetFirstSeq(), Last: r.GetLastSeq(), Duplicate: r.GetDuplicate()}, nil)
-			continue
-		}
-		batch[i].finish(Receipt{}, &schema.Refusal{Code: r.GetCode(), Message: r.GetDetail(), Head: r.GetHeadSeq(), Expected: r.GetExpected()})
-	}
-	// Our state is behind now; the tail or the fence will tell.
-	return batch[sent:], nil
+	return reply.GetResults(), nil
 }
 
 // handOverRequest encodes the submission as a schema.HandOverRequest, its envelopes as they are.

@@ -303,8 +303,12 @@ func (l *JetStreamLog) admit(ctx context.Context, id schema.SessionID, s *Submis
 		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The publish to session %s holds %d envelopes; 1 to %d are allowed.", id, n, schema.MaxPublishEnvelopes)
 	}
 	s.size = 0
+	ends := 0 // envelopes that Tidemark may store the end of a run with
 	for i := range s.Envelopes {
 		s.size += s.Envelopes[i].Size()
+		if k := s.Envelopes[i].Kind; k == schema.KindCancel || k == schema.KindStartRun {
+			ends++
+		}
 	}
 	limit := schema.MaxFrameBytes + stampBytes*len(s.Envelopes)
 	if s.size > smallPublish {
@@ -315,6 +319,7 @@ func (l *JetStreamLog) admit(ctx context.Context, id schema.SessionID, s *Submis
 	if s.size > limit {
 		return schema.Refuse(schema.Code_CODE_TOO_LARGE, "The publish to session %s takes %d bytes; at most %d are allowed.", id, s.size, limit)
 	}
+	s.size += ends * endingBytes
 	if l.layout.Load() == nil {
 		held, cancel := context.WithDeadline(ctx, s.deadline)
 		defer cancel()

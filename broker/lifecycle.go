@@ -1,6 +1,8 @@
 package broker
 
 import (
+	"time"
+
 	"google.golang.org/protobuf/proto"
 
 	"tidemark/schema"
@@ -19,6 +21,8 @@ import (
 //  2. A question is open if, and only if, the status is waiting_for_input. Only an open question has options.
 //  3. An open chat has no run.
 //  4. What has ended does not change.
+//  5. Only an open question has a deadline, and then a default answer.
+//  6. Nothing is known about a run where none is under way.
 type lifecycle struct {
 	kind   schema.SessionKind
 	status schema.Status
@@ -28,31 +32,93 @@ type lifecycle struct {
 	prompt uint64
 	// options are the answers that the open question allows; empty where any is. Never changed in place.
 	options []string
+	// deadline is when the open question is answered with fallback, which is JSON; zero where never.
+	deadline time.Time
+	fallback string
+	// about is what else is known of the run under way.
+	about runFacts
+	// cancelled is what was cancelled last, oldest first, and answered are the tool calls that were, by their hashes. Never changed in place.
+	cancelled []target
+	answered  []uint64
 	// metadata is a JSON object, as given when the session was created; empty for none.
 	metadata string
 }
 
+// runFacts is what is known of a run under way beside its name.
+type runFacts struct {
+	// request is the request_id of the start_run; empty where it had none, or there was none.
+	request string
+	// orphanAfter is how long the run may be without its agent; 0: as the deployment has it.
+	orphanAfter time.Duration
+	// attended: an agent or a worker has said something since it began.
+	attended bool
+}
+
+// said is an envelope as the lifecycle sees it: its kind, what it says, and, for the few that are looked at closer, all its bytes.
+type said struct {
+	kind    schema.Kind
+	payload []byte
+	bytes   []byte
+}
+
+func saidIn(e *schema.Accepted) said { return said{e.Kind, e.Payload, e.Bytes} }
+
+// scan reads what is beside the payload. What is stored, and what was accepted, can be scanned.
+func (e said) scan() schema.Scanned {
+	s, _ := schema.Scan(e.bytes)
+	return s
+}
+
+// attends reports whether who has this role does a run's work.
+func attends(r schema.Role) bool { return r == schema.Role_ROLE_AGENT || r == schema.Role_ROLE_WORKER }
+
 // take lets a publish's envelopes come one behind the other, the first behind head, and returns where the session stands then; or why one of them may not come, and nothing has. kind is what the session becomes
-// where they are its first.
-func (l *lifecycle) take(id schema.SessionID, kind schema.SessionKind, head uint64, envelopes []schema.Accepted) (lifecycle, *schema.Refusal) {
-	next := *l
+// where they are its first. own are the envelopes that Tidemark itself puts right behind them, in the same frame: the ends of runs that they cancel, or that had been cancelled and are started by them.
+func (l *lifecycle) take(id schema.SessionID, kind schema.SessionKind, head uint64, envelopes []schema.Accepted) (next lifecycle, own []schema.Accepted, refusal *schema.Refusal) {
+	next = *l
 	if next.status == schema.Status_STATUS_UNSPECIFIED {
 		next.begin(kind)
 	}
+	var due []ending
 	for i := range envelopes {
 		e := &envelopes[i]
 		if refusal := next.decide(id, e); refusal != nil {
-			return *l, refusal
+			return *l, nil, refusal
 		}
-		next.fold(head+uint64(i)+1, e.Kind, e.Payload)
+		head++
+		if e.Kind == schema.KindCancel {
+			due = next.cancels(head, e, due)
+		}
+		next.fold(head, saidIn(e))
+		if e.Kind == schema.KindStartRun && len(next.cancelled) > 0 {
+			due = next.startsCancelled(head, e, due)
+		}
 	}
-	return next, nil
+	if len(due) == 0 {
+		return next, nil, nil
+	}
+	if len(due) > maxEndings {
+		return *l, nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The publish to session %s would end %d runs as cancelled; at most %d are possible in one.", id, len(due), maxEndings)
+	}
+	for i := range due {
+		if !next.owes(&due[i]) {
+			continue
+		}
+		e, err := due[i].envelope()
+		if err != nil {
+			return *l, nil, schema.AsRefusal(err)
+		}
+		head++
+		next.fold(head, saidIn(&e))
+		own = append(own, e)
+	}
+	return next, own, nil
 }
 
-// moves reports whether an envelope of this kind may move a session that has begun and not ended. The others need no decision, and no decoding.
+// moves reports whether an envelope of this kind may move a session that has begun and not ended, or is remembered. The others need no decision, and no decoding.
 func moves(kind schema.Kind) bool {
 	switch kind {
-	case schema.KindSessionCreated, schema.KindStartRun, schema.KindRunStatus, schema.KindWaitingForInput, schema.KindUserInput, schema.KindError:
+	case schema.KindSessionCreated, schema.KindStartRun, schema.KindRunStatus, schema.KindWaitingForInput, schema.KindUserInput, schema.KindError, schema.KindToolResult, schema.KindCancel:
 		return true
 	default:
 		return false
@@ -79,10 +145,15 @@ func (l *lifecycle) under() bool {
 func (l *lifecycle) decide(id schema.SessionID, e *schema.Accepted) *schema.Refusal {
 	kind, payload := e.Kind, e.Payload
 	if schema.Ended(l.status) {
-		if kind == schema.KindSystem {
+		if kind == schema.KindSystem || kind == schema.KindWorkFailed {
 			return nil
 		}
 		return schema.Refuse(schema.Code_CODE_SESSION_ENDED, "Session %s has ended (%s) and takes nothing more but system; go on in another session.", id, schema.StatusWord(l.status))
+	}
+	if len(l.cancelled) > 0 {
+		if refusal := l.decideLate(id, e); refusal != nil {
+			return refusal
+		}
 	}
 	switch kind {
 	case schema.KindSessionCreated:
@@ -97,15 +168,38 @@ func (l *lifecycle) decide(id schema.SessionID, e *schema.Accepted) *schema.Refu
 			}
 		}
 	case schema.KindRunStatus:
-		var m schema.RunStatus
-		if proto.Unmarshal(payload, &m) == nil && m.GetStatus() == schema.Status_STATUS_OPEN {
-			return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION,
-				"A run of session %s cannot be open: it is running, waiting_for_input, completed, failed or cancelled; a chat is open when its run has ended.", id)
+		return l.decideStatus(id, e)
+	case schema.KindToolResult:
+		var m schema.ToolResult
+		if proto.Unmarshal(payload, &m) != nil {
+			return nil
+		}
+		if s := saidIn(e).scan(); l.wasAnswered(callHash(s.RequestID, m.GetCallId())) {
+			return schema.Refuse(schema.Code_CODE_ALREADY_ANSWERED, "The tool call %q in session %s has its result already; a call has one, and the first counts.", m.GetCallId(), id)
 		}
 	case schema.KindUserInput:
 		return l.decideInput(id, e)
 	default:
 		// The others may always come.
+	}
+	return nil
+}
+
+// decideStatus says why nothing like that is to be said of a run. Tidemark's own verdict is about a run that is under way, or comes too late: whoever gave it may have been frozen meanwhile.
+func (l *lifecycle) decideStatus(id schema.SessionID, e *schema.Accepted) *schema.Refusal {
+	var m schema.RunStatus
+	if proto.Unmarshal(e.Payload, &m) != nil {
+		return nil
+	}
+	if m.GetStatus() == schema.Status_STATUS_OPEN {
+		return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION,
+			"A run of session %s cannot be open: it is running, waiting_for_input, completed, failed or cancelled; a chat is open when its run has ended.", id)
+	}
+	if !schema.Ended(m.GetStatus()) || l.under() && m.GetRunId() == l.run {
+		return nil
+	}
+	if s := saidIn(e).scan(); s.Role() == schema.Role_ROLE_SYSTEM {
+		return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION, "The run %q of session %s is not under way any more; there is nothing to end.", m.GetRunId(), id)
 	}
 	return nil
 }
@@ -132,34 +226,49 @@ func (l *lifecycle) decideInput(id schema.SessionID, e *schema.Accepted) *schema
 }
 
 // fold takes in the envelope with this seq, which came next.
-func (l *lifecycle) fold(seq uint64, kind schema.Kind, payload []byte) {
+func (l *lifecycle) fold(seq uint64, e said) {
 	first := l.status == schema.Status_STATUS_UNSPECIFIED
 	if first {
 		l.kind, l.status = kindOf(l.kind), schema.Status_STATUS_OPEN
 	}
-	if !moves(kind) || schema.Ended(l.status) {
+	if schema.Ended(l.status) {
 		return
 	}
-	switch kind {
+	if moves(e.kind) {
+		l.move(seq, first, e)
+	}
+	if l.under() && !l.about.attended {
+		s := e.scan()
+		l.about.attended = attends(s.Role())
+	}
+}
+
+// move takes in an envelope of a kind that moves.
+func (l *lifecycle) move(seq uint64, first bool, e said) {
+	switch e.kind {
 	case schema.KindSessionCreated:
 		var m schema.SessionCreated
-		if first && proto.Unmarshal(payload, &m) == nil {
+		if first && proto.Unmarshal(e.payload, &m) == nil {
 			l.kind, l.metadata = kindOf(m.GetKind()), m.GetMetadataJson()
 		}
 	case schema.KindStartRun:
 		var m schema.StartRun
-		if proto.Unmarshal(payload, &m) == nil {
-			l.start(m.GetRunId())
+		if proto.Unmarshal(e.payload, &m) == nil {
+			s := e.scan()
+			l.start(m.GetRunId(), string(s.RequestID), time.Duration(min(m.GetOrphanAfterMs(), schema.MaxOrphanAfterMs))*time.Millisecond)
 		}
 	case schema.KindRunStatus:
 		var m schema.RunStatus
-		if proto.Unmarshal(payload, &m) == nil {
+		if proto.Unmarshal(e.payload, &m) == nil {
 			l.foldStatus(seq, m.GetRunId(), m.GetStatus())
 		}
 	case schema.KindWaitingForInput:
 		var m schema.WaitingForInput
-		if proto.Unmarshal(payload, &m) == nil {
+		if proto.Unmarshal(e.payload, &m) == nil {
 			l.ask(seq, m.GetOptions())
+			if m.Deadline != nil {
+				l.deadline, l.fallback = m.GetDeadline().AsTime(), m.GetDefaultJson()
+			}
 		}
 	case schema.KindUserInput:
 		if l.prompt != 0 {
@@ -167,8 +276,19 @@ func (l *lifecycle) fold(seq uint64, kind schema.Kind, payload []byte) {
 		}
 	case schema.KindError:
 		var m schema.Error
-		if proto.Unmarshal(payload, &m) == nil && m.Recoverable != nil && !m.GetRecoverable() && (l.under() || l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW) {
+		if proto.Unmarshal(e.payload, &m) == nil && m.Recoverable != nil && !m.GetRecoverable() && (l.under() || l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW) {
 			l.end(schema.Status_STATUS_FAILED)
+		}
+	case schema.KindToolResult:
+		var m schema.ToolResult
+		if proto.Unmarshal(e.payload, &m) == nil {
+			s := e.scan()
+			l.answer(callHash(s.RequestID, m.GetCallId()))
+		}
+	case schema.KindCancel:
+		var m schema.Cancel
+		if proto.Unmarshal(e.payload, &m) == nil {
+			l.foldCancel(&m)
 		}
 	default:
 		// moves says no.
@@ -177,10 +297,26 @@ func (l *lifecycle) fold(seq uint64, kind schema.Kind, payload []byte) {
 
 // start begins a run. To start the run that is under way changes nothing, its open question least of all: a retry with another id means no more, and everybody who may start a run could take the question away.
 // In a workflow, which has one run, a name is that of the run under way if it has none yet.
-func (l *lifecycle) start(run string) {
+//
+// To start a run that was cancelled takes the place of no other: its end comes right behind.
+func (l *lifecycle) start(run, request string, orphanAfter time.Duration) {
+	cancelled := l.isCancelled(run, request)
+	if cancelled {
+		l.remember(target{request: request, run: run})
+	}
 	under := l.under() && (run == l.run || l.run == "" && l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW)
+	if cancelled && !under && l.under() && l.run != "" {
+		return
+	}
 	if l.run = run; !under {
 		l.stand(schema.Status_STATUS_RUNNING)
+		l.about = runFacts{}
+	}
+	if l.about.request == "" {
+		l.about.request = request
+	}
+	if l.about.orphanAfter == 0 {
+		l.about.orphanAfter = orphanAfter
 	}
 }
 
@@ -213,11 +349,15 @@ func (l *lifecycle) foldStatus(seq uint64, run string, to schema.Status) {
 
 // ask opens a question in the place of the one that is open, if any.
 func (l *lifecycle) ask(seq uint64, options []string) {
-	l.status, l.prompt, l.options = schema.Status_STATUS_WAITING_FOR_INPUT, seq, options
+	l.stand(schema.Status_STATUS_WAITING_FOR_INPUT)
+	l.prompt, l.options = seq, options
 }
 
-// stand moves the session to a status in which no question is open.
-func (l *lifecycle) stand(status schema.Status) { l.status, l.prompt, l.options = status, 0, nil }
+// stand moves the session to a status; no question is open.
+func (l *lifecycle) stand(status schema.Status) {
+	l.status, l.prompt, l.options = status, 0, nil
+	l.deadline, l.fallback = time.Time{}, ""
+}
 
 // end ends the run, and a workflow with it. A chat is open again.
 func (l *lifecycle) end(with schema.Status) {
@@ -225,4 +365,5 @@ func (l *lifecycle) end(with schema.Status) {
 		l.run, with = "", schema.Status_STATUS_OPEN
 	}
 	l.stand(with)
+	l.about = runFacts{}
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/types/known/timestamppb"
 	"pgregory.net/rapid"
 
 	"tidemark/schema"
@@ -35,7 +36,26 @@ func newLife(kind schema.SessionKind) *life {
 
 func (l *life) accept(t testing.TB, e *schema.Envelope) *Submission {
 	t.Helper()
-	a, err := l.stamp.AcceptEnvelope(e, storedAt)
+	return l.acceptBy(t, l.stamp, e)
+}
+
+// say accepts a command of a transcript; "as ROLE" before it says whose it is.
+func (l *life) say(t testing.TB, command string) *Submission {
+	t.Helper()
+	stamp := l.stamp
+	if as, of, ok := strings.Cut(strings.TrimPrefix(command, "as "), " "); ok && strings.HasPrefix(command, "as ") {
+		role, known := schema.Role_value["ROLE_"+strings.ToUpper(as)]
+		if !known {
+			t.Fatalf("there is no role %q", as)
+		}
+		stamp, command = schema.NewStamp(&schema.Source{Subject: as, Role: schema.Role(role)}), of
+	}
+	return l.acceptBy(t, stamp, envelopeOf(t, command))
+}
+
+func (l *life) acceptBy(t testing.TB, stamp schema.Stamp, e *schema.Envelope) *Submission {
+	t.Helper()
+	a, err := stamp.AcceptEnvelope(e, storedAt)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,6 +120,24 @@ func (l *life) String() string {
 	if len(s.options) > 0 {
 		out += " of " + strings.Join(s.options, "|")
 	}
+	if !s.deadline.IsZero() {
+		out += fmt.Sprintf(" till %s for %s", s.deadline.Format(time.TimeOnly), s.fallback)
+	}
+	if s.about.request != "" {
+		out += ", asked by " + s.about.request
+	}
+	if s.about.orphanAfter != 0 {
+		out += ", orphan after " + s.about.orphanAfter.String()
+	}
+	if s.about.attended {
+		out += ", attended"
+	}
+	for i, c := range s.cancelled {
+		out += [...]string{", cancelled ", " "}[min(i, 1)] + c.run + "/" + c.request
+	}
+	if n := len(s.answered); n > 0 {
+		out += fmt.Sprintf(", %d answered", n)
+	}
 	return out
 }
 
@@ -116,6 +154,11 @@ func envelopeOf(t testing.TB, command string) *schema.Envelope {
 		e.ReplyTo = &seq
 		return e
 	}
+	if request, of, ok := strings.Cut(strings.TrimPrefix(command, "for "), " "); ok && name == "for" {
+		e := envelopeOf(t, of)
+		e.RequestId = request
+		return e
+	}
 	words := strings.Fields(rest)
 	word := func(i int) string {
 		if i < len(words) {
@@ -129,7 +172,11 @@ func envelopeOf(t testing.TB, command string) *schema.Envelope {
 		kind := schema.SessionKind(schema.SessionKind_value["SESSION_KIND_"+strings.ToUpper(word(0))])
 		e.Payload = &schema.Envelope_SessionCreated{SessionCreated: &schema.SessionCreated{Kind: kind, MetadataJson: `{"a":1}`}}
 	case "start":
-		e.Payload = &schema.Envelope_StartRun{StartRun: &schema.StartRun{RunId: word(0)}}
+		var orphan uint64
+		if word(1) != "" {
+			orphan, _ = strconv.ParseUint(word(1), 10, 64)
+		}
+		e.Payload = &schema.Envelope_StartRun{StartRun: &schema.StartRun{RunId: word(0), OrphanAfterMs: orphan}}
 	case "status":
 		status, ok := schema.Status_value["STATUS_"+strings.ToUpper(word(0))]
 		if !ok {
@@ -138,12 +185,29 @@ func envelopeOf(t testing.TB, command string) *schema.Envelope {
 		e.Payload = &schema.Envelope_RunStatus{RunStatus: &schema.RunStatus{Status: schema.Status(status), RunId: word(1)}}
 	case "ask":
 		e.Payload = &schema.Envelope_WaitingForInput{WaitingForInput: &schema.WaitingForInput{Prompt: "?", Options: words}}
+	case "prompt":
+		e.Payload = &schema.Envelope_WaitingForInput{WaitingForInput: &schema.WaitingForInput{
+			Prompt: "?", Options: words, Deadline: timestamppb.New(storedAt.Add(time.Minute)), DefaultJson: fmt.Sprintf("%q", word(0)),
+		}}
+	case "call":
+		e.Payload = &schema.Envelope_ToolCall{ToolCall: &schema.ToolCall{CallId: word(0), Name: "x"}}
+	case "result":
+		e.Payload = &schema.Envelope_ToolResult{ToolResult: &schema.ToolResult{CallId: word(0)}}
 	case "answer":
 		e.Payload = &schema.Envelope_UserInput{UserInput: &schema.UserInput{ResponseJson: rest}}
 	case "error":
 		e.Payload = &schema.Envelope_Error{Error: &schema.Error{Error: "no", Recoverable: new(word(0) == "recoverable")}}
 	case "cancel":
-		e.Payload = &schema.Envelope_Cancel{Cancel: &schema.Cancel{Target: &schema.Cancel_Session{Session: true}}}
+		c := &schema.Cancel{Reason: "enough"}
+		switch word(0) {
+		case "run":
+			c.Target = &schema.Cancel_RunId{RunId: word(1)}
+		case "request":
+			c.Target = &schema.Cancel_RequestId{RequestId: word(1)}
+		default:
+			c.Target = &schema.Cancel_Session{Session: true}
+		}
+		e.Payload = &schema.Envelope_Cancel{Cancel: c}
 	case "token":
 		e.Payload = &schema.Envelope_Token{Token: &schema.Token{MessageId: "m", Text: "x"}}
 	case "message":
@@ -174,15 +238,29 @@ func (l *life) do(t testing.TB, line string) string {
 	}
 	var subs []*Submission
 	for c := range strings.SplitSeq(line, " + ") {
-		subs = append(subs, l.accept(t, envelopeOf(t, c)))
+		// What is joined by & is one publish.
+		s := new(Submission)
+		for one := range strings.SplitSeq(c, " & ") {
+			next := l.say(t, one)
+			next.Envelopes = append(s.Envelopes, next.Envelopes...)
+			s = next
+		}
+		subs = append(subs, s)
 	}
 	var said []string
+	head, sent := l.st.head, 0
+	for _, s := range subs {
+		sent += len(s.Envelopes)
+	}
 	for _, err := range l.append(t, subs...) {
 		if err != nil {
 			said = append(said, "refused "+schema.CodeOf(err).Word())
 		} else {
 			said = append(said, "taken")
 		}
+	}
+	if n := int(l.st.head-head) - sent; n > 0 {
+		said[len(said)-1] += fmt.Sprintf(" and %d more", n)
 	}
 	if len(said) == 1 && said[0] == "taken" {
 		return l.String()
@@ -236,23 +314,30 @@ func (l lifecycle) possible(head uint64) error {
 		return fmt.Errorf("at seq %d it is %s, with question %d open", head, l.status, l.prompt)
 	case l.prompt == 0 && len(l.options) > 0:
 		return errors.New("no question is open, but it has options")
+	case l.deadline.IsZero() != (l.fallback == ""), l.prompt == 0 && !l.deadline.IsZero():
+		return fmt.Errorf("question %d has the deadline %s and the default answer %q", l.prompt, l.deadline, l.fallback)
+	case !l.under() && l.about != (runFacts{}):
+		return fmt.Errorf("no run is under way, but of it is known %+v", l.about)
+	case len(l.cancelled) > maxCancelled || len(l.answered) > maxAnswered:
+		return fmt.Errorf("%d cancelled targets and %d answered calls are remembered", len(l.cancelled), len(l.answered))
 	case l.status == schema.Status_STATUS_OPEN && l.kind == schema.SessionKind_SESSION_KIND_CHAT && l.run != "":
 		return fmt.Errorf("an open chat has the run %s", l.run)
 	}
 	return nil
 }
 
-func someEnvelope(rt *rapid.T, t testing.TB) *schema.Envelope {
+// someWords draws a command of a transcript.
+func someWords(rt *rapid.T) string {
 	status := rapid.SampledFrom([]string{"open", "running", "waiting_for_input", "completed", "failed", "cancelled"})
 	run := rapid.SampledFrom([]string{"", "r", "s"})
 	command := rapid.SampledFrom([]string{
 		"created", "created chat", "created workflow", "start r", "start s", "status", "status", "status", "ask", "ask yes no", "ask no", "answer 1", `answer "yes"`, `answer "no"`, "to 1 answer 1", "to 2 answer 1", `to 3 answer "yes"`, "error recoverable",
-		"error final", "cancel", "token", "message", "progress", "system",
+		"error final", "cancel", "cancel run r", "cancel run s", "cancel request p", "cancel request q", "token", "message", "progress", "system", "prompt yes no", "start r 5000", "call c", "result c", "result d",
 	}).Draw(rt, "command")
 	if command == "status" {
 		command = strings.TrimRight("status "+status.Draw(rt, "status")+" "+run.Draw(rt, "run"), " ")
 	}
-	return envelopeOf(t, command)
+	return rapid.SampledFrom([]string{"", "", "as agent ", "as agent ", "as worker ", "as user ", "as system "}).Draw(rt, "role") + rapid.SampledFrom([]string{"", "", "for p ", "for q "}).Draw(rt, "request") + command
 }
 
 // Whatever is tried, what is taken never leads to a state that cannot be; what has ended stays as it is; and an edge that takes the session over from a page, anywhere on the way, decides as the one that was there all the time.
@@ -264,9 +349,9 @@ func TestLifecycleIsNeverImpossible(t *testing.T) {
 		for range rapid.IntRange(1, 40).Draw(rt, "frames") {
 			var subs, same []*Submission
 			for range rapid.IntRange(1, 4).Draw(rt, "publishes") {
-				s := l.accept(t, someEnvelope(rt, t))
+				s := l.say(t, someWords(rt))
 				for range rapid.IntRange(0, 2).Draw(rt, "more") {
-					s.Envelopes = append(s.Envelopes, l.accept(t, someEnvelope(rt, t)).Envelopes...)
+					s.Envelopes = append(s.Envelopes, l.say(t, someWords(rt)).Envelopes...)
 				}
 				subs, same = append(subs, s), append(same, new(*s))
 			}
@@ -301,7 +386,7 @@ func TestLifecycleCostsTokensNothing(t *testing.T) {
 		if refusal := life.decide(l.id, &tokens[0]); refusal != nil {
 			t.Error(refusal)
 		}
-		life.fold(2, tokens[0].Kind, tokens[0].Payload)
+		life.fold(2, saidIn(&tokens[0]))
 	})
 	if allocations > 0 {
 		t.Errorf("a token takes %.0f allocations", allocations)
@@ -311,7 +396,7 @@ func TestLifecycleCostsTokensNothing(t *testing.T) {
 // A page carries all that the session's life and its throttle need.
 func TestStateOfAPage(t *testing.T) {
 	l := newLife(schema.SessionKind_SESSION_KIND_WORKFLOW)
-	for _, c := range []string{"created workflow", "start r", "progress", "ask yes no"} {
+	for _, c := range []string{"created workflow", "cancel run z", "cancel request y", "as agent for q start r 5000", "progress", "result c", "for q result c", "prompt yes no"} {
 		l.do(t, c)
 	}
 	got := l.restored().st

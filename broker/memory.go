@@ -28,7 +28,7 @@ type MemoryLog struct {
 	followers map[schema.SessionID]map[*memorySource]bool
 	changes   uint64
 	// seats are those taken; who has none is not there.
-	seats map[user]int
+	seats map[party]int
 }
 
 var _ Log = (*MemoryLog)(nil)
@@ -59,7 +59,7 @@ type memoryProducer struct {
 
 // NewMemoryLog makes an empty log.
 func NewMemoryLog() *MemoryLog {
-	return &MemoryLog{sessions: map[schema.SessionID]*memorySession{}, followers: map[schema.SessionID]map[*memorySource]bool{}, seats: map[user]int{}}
+	return &MemoryLog{sessions: map[schema.SessionID]*memorySession{}, followers: map[schema.SessionID]map[*memorySource]bool{}, seats: map[party]int{}}
 }
 
 // Status implements [Log]. The log is always ready.
@@ -153,16 +153,17 @@ func (l *MemoryLog) publish(id schema.SessionID, s *Submission) (Receipt, error)
 	if err := m.checkProducers(id, s.Envelopes); err != nil {
 		return Receipt{}, err
 	}
-	life, refusal := m.life.take(id, s.Kind, m.head(), s.Envelopes)
+	life, own, refusal := m.life.take(id, s.Kind, m.head(), s.Envelopes)
 	if refusal != nil {
 		return Receipt{}, refusal
 	}
 	m.life = life
-	m.store(s.Envelopes, time.Now())
+	r := Receipt{Epoch: m.epoch, First: m.head() + 1, Last: m.head() + n}
+	m.store(slices.Concat(s.Envelopes, own), time.Now())
 	l.changes++
 	m.changed = l.changes
 	l.sessions[id] = m
-	return Receipt{Epoch: m.epoch, First: m.head() - n + 1, Last: m.head()}, nil
+	return r, nil
 }
 
 // placeOf is the seq at which the envelope is stored; 0 where it is not known.
@@ -390,7 +391,7 @@ func (l *MemoryLog) Enter(_ context.Context, id schema.SessionID, subject string
 	if limit <= 0 {
 		return func() {}, nil
 	}
-	u := user{id, subject}
+	u := party{session: id, name: subject}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.seats[u] >= limit {

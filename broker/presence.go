@@ -33,29 +33,39 @@ const (
 	maxTidying = 16
 )
 
-// user is whose seats are counted together.
-type user struct {
+// party is whose seats are counted together: a user of a session, or the agents of a run of it.
+type party struct {
 	session schema.SessionID
-	subject string
+	// name is the user's subject, or the run's name; a run may have none.
+	name string
+	run  bool
 }
 
-// key is the user's in the bucket PRESENCE.
-func (u user) key() string {
-	return "user." + schema.EscapeToken(u.session.Tenant) + "." + schema.EscapeToken(u.session.Name) + "." + schema.EscapeToken(u.subject)
+// key is the party's in the bucket PRESENCE.
+func (u party) key() string {
+	kind, name := "user.", schema.EscapeToken(u.name)
+	if u.run {
+		kind = runKeys
+	}
+	if name == "" {
+		name = noName
+	}
+	return kind + schema.EscapeToken(u.session.Tenant) + "." + schema.EscapeToken(u.session.Name) + "." + name
 }
 
-func tooManyConnections(u user, limit int) error {
+func tooManyConnections(u party, limit int) error {
 	return schema.Refuse(schema.Code_CODE_TOO_MANY_CONNECTIONS,
 		"The user has %d connections to session %s, as many as are allowed; close one of them, then try again.", limit, u.session)
 }
 
-// presence counts users' connections to sessions over all edges: each takes one of the user's seats in the session. What is said of a user is one record in the bucket PRESENCE with the number of seats on each edge; it is written with compare-and-swap on top of
+// presence counts users' connections to sessions over all edges: each takes one of the user's seats in the session. And it says which runs have an agent: each connection that keeps a run takes a seat in it, of any
+// number (I10); who counts those is the broker's watchdog. What is said of a user, or of a run, is one record in the bucket PRESENCE with the number of seats on each edge; it is written with compare-and-swap on top of
 // what was read, so that of two edges that want the last seat one gets it. An edge's part of it counts while the edge's lease is there, which it writes every edgeBeatEvery and which the server
 // removes edgeLeaseTTL after the last time.
 //
 // The bucket is in memory: it says who is connected now. When it is lost, or the edge's lease is because the edge was frozen, the edge writes its lease and all its seats again, whatever limits say.
 //
-// What an edge holds here is one of `seats` for each user and session that is connected to it, so the bounds are those of its connections.
+// What an edge holds here is one of `seats` for each user and session that is connected to it, and for each run that is kept through it, so the bounds are those of its connections.
 type presence struct {
 	// Static after construction.
 	log     *JetStreamLog
@@ -72,7 +82,7 @@ type presence struct {
 	tidying series
 
 	mu    sync.Mutex // guards all below
-	seats map[user]*seats
+	seats map[party]*seats
 	// dirty are those whose records may not say what is held.
 	dirty map[*seats]bool
 	state leaseState
@@ -93,10 +103,10 @@ const (
 	leaseNoBucket
 )
 
-// seats are one user's seats in one session, as far as this edge has them.
+// seats are one party's seats, as far as this edge has them.
 type seats struct {
-	user user
-	// turn is held by who reads and writes the user's record; record is theirs.
+	party party
+	// turn is held by who reads and writes the party's record; record is theirs.
 	turn   chan struct{}
 	record seatsRecord
 
@@ -110,7 +120,7 @@ func newPresence(l *JetStreamLog) *presence {
 	return &presence{
 		beats:   series{logger: l.logger, what: "this edge's lease", meanwhile: "users may be refused as unavailable"},
 		tidying: series{logger: l.logger, what: "the connections of users to this edge", meanwhile: "other edges count them as they were"},
-		log:     l, logger: l.logger, holder: newHolder(l.edge), metrics: newPresenceMetrics(l.cfg.Metrics), seats: map[user]*seats{}, dirty: map[*seats]bool{},
+		log:     l, logger: l.logger, holder: newHolder(l.edge), metrics: newPresenceMetrics(l.cfg.Metrics), seats: map[party]*seats{}, dirty: map[*seats]bool{},
 		beatNow: make(chan struct{}, 1), tidyNow: make(chan struct{}, 1), beating: make(chan struct{}, 1),
 	}
 }
@@ -122,7 +132,7 @@ func (l *JetStreamLog) Enter(ctx context.Context, id schema.SessionID, subject s
 	}
 	held, cancel := context.WithTimeout(ctx, enterWithin)
 	defer cancel()
-	leave, err := l.presence.enter(held, user{id, subject}, limit)
+	leave, err := l.presence.enter(held, party{session: id, name: subject}, limit)
 	switch {
 	case err == nil:
 		return leave, nil
@@ -137,7 +147,7 @@ func (l *JetStreamLog) Enter(ctx context.Context, id schema.SessionID, subject s
 }
 
 // enter takes a seat, in at most as long as ctx lasts. An error other than too_many_connections and going_away says why it is not known whether there is one.
-func (p *presence) enter(ctx context.Context, u user, limit int) (leave func(), err error) {
+func (p *presence) enter(ctx context.Context, u party, limit int) (leave func(), err error) {
 	s := p.take(u)
 	if s == nil {
 		return nil, schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge is stopping; connect to session %s through another.", u.session)
@@ -166,15 +176,34 @@ func (p *presence) enter(ctx context.Context, u user, limit int) (leave func(), 
 		return nil, err
 	}
 	p.add(s, 1)
+	return p.leaving(s), nil
+}
+
+// leaving gives a seat back, once.
+func (p *presence) leaving(s *seats) func() {
 	return sync.OnceFunc(func() {
 		p.add(s, -1)
 		p.soil(s)
 		signal(p.tidyNow)
-	}), nil
+	})
 }
 
-// take finds a user's seats, or makes them, and keeps them until they are dropped; nil once the log is closed.
-func (p *presence) take(u user) *seats {
+// KeepRun implements [RunKeeper]. While the edge has no lease, or NATS is away, the run is written as soon as it has; until then the watchdog does not know of it.
+func (l *JetStreamLog) KeepRun(id schema.SessionID, run string) (release func()) {
+	p := l.presence
+	s := p.take(party{session: id, name: run, run: true})
+	if s == nil {
+		return func() {}
+	}
+	defer p.drop(s)
+	p.add(s, 1)
+	p.soil(s)
+	signal(p.tidyNow)
+	return p.leaving(s)
+}
+
+// take finds a party's seats, or makes them, and keeps them until they are dropped; nil once the log is closed.
+func (p *presence) take(u party) *seats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -182,7 +211,7 @@ func (p *presence) take(u user) *seats {
 	}
 	s := p.seats[u]
 	if s == nil {
-		s = &seats{user: u, turn: make(chan struct{}, 1)}
+		s = &seats{party: u, turn: make(chan struct{}, 1)}
 		p.seats[u] = s
 	}
 	s.refs++
@@ -194,7 +223,7 @@ func (p *presence) drop(s *seats) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if s.refs--; s.refs == 0 && s.held == 0 && !p.dirty[s] {
-		delete(p.seats, s.user)
+		delete(p.seats, s.party)
 	}
 }
 
@@ -208,7 +237,11 @@ func (p *presence) add(s *seats, n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s.held += n
-	p.metrics.seats.Add(float64(n))
+	if s.party.run {
+		p.metrics.runs.Add(float64(n))
+	} else {
+		p.metrics.seats.Add(float64(n))
+	}
 }
 
 // soil marks seats whose record has to be written. They stay until that is done.
@@ -468,6 +501,7 @@ func signal(ch chan<- struct{}) {
 // presenceMetrics are presence's, as Prometheus counts them.
 type presenceMetrics struct {
 	seats      prometheus.Gauge
+	runs       prometheus.Gauge
 	leasesLost prometheus.Counter
 }
 
@@ -476,12 +510,15 @@ func newPresenceMetrics(r prometheus.Registerer) *presenceMetrics {
 		seats: prometheus.NewGauge(prometheus.GaugeOpts{
 			Namespace: "tidemark", Subsystem: "presence", Name: "seats", Help: "Seats in sessions that users hold by their connections to this edge.",
 		}),
+		runs: prometheus.NewGauge(prometheus.GaugeOpts{
+			Namespace: "tidemark", Subsystem: "presence", Name: "kept_runs", Help: "Connections to this edge that keep a run, counted once for each run.",
+		}),
 		leasesLost: prometheus.NewCounter(prometheus.CounterOpts{
 			Namespace: "tidemark", Subsystem: "presence", Name: "leases_lost_total", Help: "Times that this edge had to write its lease and its users' seats again.",
 		}),
 	}
 	if r != nil {
-		r.MustRegister(m.seats, m.leasesLost)
+		r.MustRegister(m.seats, m.runs, m.leasesLost)
 	}
 	return m
 }

@@ -19,11 +19,16 @@ import (
 // The bucket PRESENCE, in memory:
 //
 //	edge.<edge>.<life>                 the lease of an edge, from its start to its end; life is a ULID, so that an edge that comes back under its name is another
-//	user.<tenant>.<session>.<subject>  a seatsRecord
+//	user.<tenant>.<session>.<subject>  a seatsRecord: where the user is connected to the session
+//	run.<tenant>.<session>.<run>       a seatsRecord: where agents of the run are
 //
-// Names are escaped. Every key has a time to live, which a write begins anew. The KV interface of nats.go sets one on creation only, so the messages are made here (ADR-8, ADR-43 and ADR-48 of NATS).
+// Names are escaped; = stands for a run that has none. Every key has a time to live, which a write begins anew. The KV interface of nats.go sets one on creation only, so the messages are made here (ADR-8, ADR-43 and ADR-48 of NATS).
 const (
 	presenceBucket = "PRESENCE"
+	edgeKeys       = "edge."
+	runKeys        = "run."
+	// noName is no escaped name.
+	noName         = "="
 	presencePrefix = "$KV." + presenceBucket + "."
 	presenceStream = "KV_" + presenceBucket
 	// presenceMarkers is how long the bucket says that a key has run out, for those who watch it.
@@ -92,7 +97,7 @@ func (b *Broker) restorePresence(ctx context.Context, js jetstream.JetStream) er
 // newHolder names one life of an edge.
 func newHolder(edge string) string { return schema.EscapeToken(edge) + "." + ulid.Make().String() }
 
-// seatsRecord is what the bucket says of a user's connections to a session.
+// seatsRecord is what the bucket says of a party.
 type seatsRecord struct {
 	// Seats has their number on each edge, by holder.
 	Seats map[string]int `json:"seats"`
@@ -144,7 +149,7 @@ func (p *presence) write(ctx context.Context, s *seats, n, limit int) error {
 				}
 				continue
 			}
-			return tooManyConnections(s.user, limit)
+			return tooManyConnections(s.party, limit)
 		}
 		if n > 0 {
 			if next.Seats == nil {
@@ -154,7 +159,7 @@ func (p *presence) write(ctx context.Context, s *seats, n, limit int) error {
 		} else if rec.Seats[p.holder] == 0 {
 			return nil
 		}
-		rev, err := p.put(ctx, s.user.key(), rec.rev, next)
+		rev, err := p.put(ctx, s.party.key(), rec.rev, next)
 		switch {
 		case err == nil:
 			next.known, next.rev, next.lost = true, rev, lost
@@ -179,10 +184,10 @@ func (p *presence) write(ctx context.Context, s *seats, n, limit int) error {
 	}
 }
 
-// read reads a user's record from the bucket's leader.
+// read reads a party's record from the bucket's leader.
 func (p *presence) read(ctx context.Context, s *seats) error {
 	s.record = seatsRecord{lost: s.record.lost}
-	m, err := p.get(ctx, s.user.key())
+	m, err := p.get(ctx, s.party.key())
 	if err != nil {
 		return err
 	}
@@ -192,7 +197,7 @@ func (p *presence) read(ctx context.Context, s *seats) error {
 		if !removed(m) {
 			if err := json.Unmarshal(m.data, &rec); err != nil {
 				// It says who is connected; those who are write it again.
-				p.logger.Warn("a record of a user's connections cannot be read and is written anew", "session", s.user.session.String(), "error", err)
+				p.logger.Warn("a record of a user's connections cannot be read and is written anew", "session", s.party.session.String(), "error", err)
 				rec.Seats = nil
 			}
 		}
@@ -205,7 +210,7 @@ func (p *presence) read(ctx context.Context, s *seats) error {
 func (p *presence) findDead(ctx context.Context, holders map[string]int) (map[string]bool, error) {
 	dead := map[string]bool{}
 	for holder := range holders {
-		m, err := p.get(ctx, "edge."+holder)
+		m, err := p.get(ctx, edgeKeys+holder)
 		if err != nil {
 			return nil, err
 		}
@@ -221,7 +226,7 @@ func removed(m *stored) bool {
 	return m.header.Get(kvOperation) != "" || m.header.Get(jetstream.MarkerReasonHeader) != ""
 }
 
-// put writes a user's record on top of a revision, or removes it where it has no seats.
+// put writes a party's record on top of a revision, or removes it where it has no seats.
 func (p *presence) put(ctx context.Context, key string, rev uint64, rec seatsRecord) (uint64, error) {
 	header := nats.Header{jetstream.ExpectedLastSubjSeqHeader: {strconv.FormatUint(rev, 10)}}
 	if len(rec.Seats) == 0 {
@@ -241,11 +246,11 @@ func (p *presence) putLease(ctx context.Context, rev uint64) (uint64, error) {
 	if rev > 0 {
 		header.Set(jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(rev, 10))
 	}
-	return p.publish(ctx, "edge."+p.holder, header, nil)
+	return p.publish(ctx, edgeKeys+p.holder, header, nil)
 }
 
 func (p *presence) removeLease(ctx context.Context) error {
-	_, err := p.publish(ctx, "edge."+p.holder, remove(nats.Header{}), nil)
+	_, err := p.publish(ctx, edgeKeys+p.holder, remove(nats.Header{}), nil)
 	return err
 }
 

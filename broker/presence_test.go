@@ -198,8 +198,8 @@ func TestPresenceForgets(t *testing.T) {
 func TestPresenceInAnotherBucket(t *testing.T) {
 	presenceOf(t, func(t *testing.T, l *JetStreamLog, run func()) {
 		run()
-		u := user{schema.SessionID{Tenant: "default", Name: "s"}, "ada"}
-		leave, err := l.Enter(t.Context(), u.session, u.subject, 5)
+		u := party{session: schema.SessionID{Tenant: "default", Name: "s"}, name: "ada"}
+		leave, err := l.Enter(t.Context(), u.session, u.name, 5)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -233,14 +233,14 @@ func TestPresenceInAnotherBucket(t *testing.T) {
 		if got, want := seatsIn(t, kv, u), map[string]int{"another.1": 2, p.holder: 1}; !maps.Equal(got, want) {
 			t.Errorf("the record says %v, want %v", got, want)
 		}
-		if _, err := l.Enter(t.Context(), u.session, u.subject, 3); schema.CodeOf(err) != schema.Code_CODE_TOO_MANY_CONNECTIONS {
+		if _, err := l.Enter(t.Context(), u.session, u.name, 3); schema.CodeOf(err) != schema.Code_CODE_TOO_MANY_CONNECTIONS {
 			t.Errorf("with three of three seats taken: %v", err)
 		}
 		// Nonsense counts for nothing, and is written over.
 		if _, err := kv.PutString(t.Context(), u.key(), "[]"); err != nil {
 			t.Fatal(err)
 		}
-		second, err := l.Enter(t.Context(), u.session, u.subject, 2)
+		second, err := l.Enter(t.Context(), u.session, u.name, 2)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -251,7 +251,7 @@ func TestPresenceInAnotherBucket(t *testing.T) {
 	})
 }
 
-func seatsIn(t *testing.T, kv jetstream.KeyValue, u user) map[string]int {
+func seatsIn(t *testing.T, kv jetstream.KeyValue, u party) map[string]int {
 	t.Helper()
 	e, err := kv.Get(t.Context(), u.key())
 	if err != nil {

@@ -26,8 +26,9 @@ type projection struct {
 	logger     *slog.Logger
 	metrics    *projectionMetrics
 	guard      guard
-	maxMessage int // bytes that a message may have
-	budget     int // bytes of sessions in memory
+	post       *post // nil where nothing is watched
+	maxMessage int   // bytes that a message may have
+	budget     int   // bytes of sessions in memory
 
 	sessions map[string]*projected // by log subject
 	idle     *list.List            // of *projected, the one without a frame for longest first
@@ -154,6 +155,9 @@ func (p *projection) take(ctx context.Context, subject string, f *frame, now tim
 		return nil
 	}
 	if f.Deleted || s != nil && s.st.epoch != f.Epoch {
+		if s != nil {
+			p.post.forget(s.id)
+		}
 		p.drop(s)
 		s = nil
 	}
@@ -164,6 +168,7 @@ func (p *projection) take(ctx context.Context, subject string, f *frame, now tim
 			return nil
 		}
 		if f.Deleted {
+			p.post.forget(id)
 			return p.bury(ctx, laneOf(id), f)
 		}
 		if s, err = p.load(ctx, id, subject, f, now); s == nil || err != nil {
@@ -196,13 +201,16 @@ func (p *projection) fold(s *projected, f *frame, now time.Time) {
 	if s.unstored == 0 {
 		s.unstored = f.StreamSeq
 	}
+	watched, heard := s.st.under(), false
 	for rest.Len() > 0 {
 		if s.count == 0 || slotOf(rest.From) != s.slot {
 			s.begin(rest.From)
 		}
 		v := rest
 		v.To = min(v.To, (s.slot+1)*schema.PageEnvelopes)
-		if err := s.st.project(f, v, func(seq uint64, e schema.Scanned, raw []byte) { p.makeWork(s, f, seq, e, raw) }); err != nil {
+		words, err := s.st.project(f, v, func(seq uint64, e schema.Scanned, raw []byte) { p.makeWork(s, f, seq, e, raw) })
+		heard = heard || words
+		if err != nil {
 			// The envelopes were scanned by the edge that stored them; one that cannot be read is one nobody can follow.
 			p.metrics.unreadable.Inc()
 			p.logger.Error("a frame holds what is not an envelope; it is passed over", "session", s.id.String(), "sequence", f.StreamSeq, "error", err)
@@ -220,23 +228,27 @@ func (p *projection) fold(s *projected, f *frame, now time.Time) {
 	if s.st.status != s.recordStatus {
 		s.transition = true
 	}
+	if watched || s.st.under() {
+		p.post.saw(s.id, s.st, heard, now)
+	}
 	p.dirty[s] = struct{}{}
 	p.measure(s)
 }
 
-// project folds a part of a frame, without the ids: nothing is decided on this state. folded is told of each envelope once it is.
-func (s *state) project(f *frame, v View, folded func(seq uint64, e schema.Scanned, raw []byte)) error {
+// project folds a part of a frame, without the ids: nothing is decided on this state. folded is told of each envelope once it is. heard: some of it an agent or a worker said.
+func (s *state) project(f *frame, v View, folded func(seq uint64, e schema.Scanned, raw []byte)) (heard bool, err error) {
 	s.meetFrame(f)
 	for seq, raw := range v.Each() {
 		e, err := schema.Scan(raw)
 		if err != nil {
-			return badFrame(err)
+			return heard, badFrame(err)
 		}
-		s.foldPayload(seq, e.Kind, e.Payload, e.Producer)
+		heard = heard || attends(e.Role())
+		s.foldPayload(seq, said{e.Kind, e.Payload, raw}, e.Producer)
 		folded(seq, e, raw)
 	}
 	s.frame = f.StreamSeq
-	return nil
+	return heard, nil
 }
 
 // begin starts a slot, or the part of one that is still there, at seq first.
@@ -351,7 +363,10 @@ func (p *projection) full() bool {
 
 // measure counts what the session takes in memory.
 func (p *projection) measure(s *projected) {
-	size := sessionCost + len(s.subject) + cap(s.region) + cap(s.frames)*24 + len(s.st.metadata)
+	size := sessionCost + len(s.subject) + cap(s.region) + cap(s.frames)*24 + len(s.st.metadata) + len(s.st.fallback) + len(s.st.answered)*8
+	for _, t := range s.st.cancelled {
+		size += 32 + len(t.request) + len(t.run)
+	}
 	for k, producer := range s.st.producers {
 		size += 200 + len(k.owner) + len(k.id) + len(producer.runs)*24
 	}

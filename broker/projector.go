@@ -19,6 +19,7 @@ type projector struct {
 	js      jetstream.JetStream
 	r       *reader
 	lease   *lease
+	dog     *watchdog // nil where nothing is watched
 	budget  int
 	maxAge  time.Duration // of what the log keeps
 	logger  *slog.Logger
@@ -78,13 +79,16 @@ func (p *projector) hold(ctx context.Context) error {
 		return err
 	}
 	defer it.Stop()
-	sweeping, stop := context.WithCancel(ctx)
-	var sweeper sync.WaitGroup
-	sweeper.Go(func() { p.sweepRegistry(sweeping) })
-	defer sweeper.Wait()
-	defer stop()
 	proj := newProjection(p.nc, p.r, p.lease, p.budget, p.metrics, p.logger)
 	proj.work = &dispatch{from: read}
+	proj.post = p.dog.post(p.stream, p.lease)
+	defer proj.post.leave()
+	beside, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { p.sweepRegistry(beside) })
+	wg.Go(func() { proj.post.learn(beside) })
+	defer wg.Wait()
+	defer stop()
 	read, err = p.project(ctx, it, proj, read)
 	if ctx.Err() == nil {
 		return err

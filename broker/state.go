@@ -82,7 +82,9 @@ func (s *state) foldFrame(f *frame) error {
 		if err != nil {
 			return badFrame(err)
 		}
-		s.fold(seq, e.ID, e.Kind, e.Payload, e.Producer)
+		s.recent.add(seq, e.ID)
+		s.foldPayload(seq, said{e.Kind, e.Payload, raw}, e.Producer)
+		s.meetReport(seq, e.ID, e.Kind)
 	}
 	s.frame = f.StreamSeq
 	return nil
@@ -97,13 +99,6 @@ func (s *state) meetFrame(f *frame) {
 	s.updated = f.Time
 }
 
-// fold folds the envelope with the next seq.
-func (s *state) fold(seq uint64, id ulid.ULID, kind schema.Kind, payload []byte, p schema.ProducerPlace) {
-	s.recent.add(seq, id)
-	s.foldPayload(seq, kind, payload, p)
-	s.meetReport(seq, id, kind)
-}
-
 // meetReport notes which WorkflowProgress is the last.
 func (s *state) meetReport(seq uint64, id ulid.ULID, kind schema.Kind) {
 	if kind == schema.KindWorkflowProgress {
@@ -111,10 +106,10 @@ func (s *state) meetReport(seq uint64, id ulid.ULID, kind schema.Kind) {
 	}
 }
 
-// foldPayload is fold without the id.
-func (s *state) foldPayload(seq uint64, kind schema.Kind, payload []byte, p schema.ProducerPlace) {
-	s.advance(seq, kind, p)
-	s.lifecycle.fold(seq, kind, payload)
+// foldPayload folds the envelope with the next seq, without its id.
+func (s *state) foldPayload(seq uint64, e said, p schema.ProducerPlace) {
+	s.advance(seq, e.kind, p)
+	s.lifecycle.fold(seq, e)
 }
 
 // advance is foldPayload without what the payload does to the session's life, which a draft has folded already.
@@ -207,6 +202,13 @@ func (s *state) proto() *schema.SessionState {
 	m := &schema.SessionState{
 		Epoch: s.epoch, HeadSeq: s.head, HeadFrame: s.frame, Kind: s.kind, Status: s.status, PromptSeq: s.prompt, RunId: s.run,
 		MetadataJson: s.metadata, Created: timestamppb.New(s.created), Updated: timestamppb.New(s.updated), ProducersForgotten: s.forgot, PromptOptions: s.options,
+		PromptDefaultJson: s.fallback, OrphanAfterMs: uint64(s.about.orphanAfter.Milliseconds()), RunAttended: s.about.attended, RunRequestId: s.about.request, AnsweredCalls: s.answered,
+	}
+	if !s.deadline.IsZero() {
+		m.PromptDeadline = timestamppb.New(s.deadline)
+	}
+	for _, t := range s.cancelled {
+		m.Cancelled = append(m.Cancelled, &schema.CancelledTarget{RequestId: t.request, RunId: t.run})
 	}
 	if !s.progressed.IsZero() {
 		m.Progressed = timestamppb.New(s.progressed)
@@ -230,6 +232,14 @@ func stateOf(m *schema.SessionState) *state {
 	s.epoch, s.head, s.frame = m.GetEpoch(), m.GetHeadSeq(), m.GetHeadFrame()
 	s.lifecycle = lifecycle{
 		kind: kindOf(m.GetKind()), status: m.GetStatus(), run: m.GetRunId(), prompt: m.GetPromptSeq(), options: m.GetPromptOptions(), metadata: m.GetMetadataJson(),
+		fallback: m.GetPromptDefaultJson(), answered: m.GetAnsweredCalls(),
+		about: runFacts{request: m.GetRunRequestId(), orphanAfter: time.Duration(m.GetOrphanAfterMs()) * time.Millisecond, attended: m.GetRunAttended()},
+	}
+	if m.PromptDeadline != nil {
+		s.deadline = m.GetPromptDeadline().AsTime()
+	}
+	for _, t := range m.GetCancelled() {
+		s.cancelled = append(s.cancelled, target{request: t.GetRequestId(), run: t.GetRunId()})
 	}
 	if m.Progressed != nil {
 		s.progressed = m.GetProgressed().AsTime()

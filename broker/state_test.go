@@ -13,7 +13,7 @@ func TestProducersAreForgottenOfWhoHasMost(t *testing.T) {
 	seq := uint64(0)
 	write := func(owner, id string) {
 		seq++
-		s.foldPayload(seq, schema.KindToken, nil, schema.ProducerPlace{Owner: owner, ID: id, Epoch: 1, Seq: 1})
+		s.foldPayload(seq, said{kind: schema.KindToken}, schema.ProducerPlace{Owner: owner, ID: id, Epoch: 1, Seq: 1})
 	}
 	known := func(owner string, from, to int) {
 		t.Helper()

@@ -145,6 +145,22 @@ func (s *Scanned) field(num protowire.Number, typ protowire.Type, value []byte, 
 	return nil
 }
 
+// Role is the sender's, as the edge stamped it; unspecified where the envelope has no source.
+func (s *Scanned) Role() Role {
+	for b := s.source; len(b) > 0; {
+		num, typ, n, m := consumeField(b)
+		if m < 0 {
+			break
+		}
+		if num == 2 && typ == protowire.VarintType {
+			v, _ := protowire.ConsumeVarint(b[n:])
+			return Role(v) //nolint:gosec // an enum, as protobuf reads it
+		}
+		b = b[n+m:]
+	}
+	return Role_ROLE_UNSPECIFIED
+}
+
 func (s *Scanned) scanProducer(b []byte) error {
 	p := &s.Producer
 	var last protowire.Number

@@ -229,7 +229,9 @@ func (p *pair) envelope() schema.Accepted {
 	case 10:
 		return Progress("among others")
 	case 11:
-		return []schema.Accepted{System("x"), Cancel()}[p.rng.IntN(2)]
+		return []schema.Accepted{System("x"), Cancel(), CancelRun("r"), CancelRun(run + "r"), CancelRequest("q")}[p.rng.IntN(5)]
+	case 13:
+		return by(asAgent, []string{"", "q", "r"}[p.rng.IntN(3)], []*schema.Envelope{resultOf("c"), resultOf("d"), startOf(run + "r"), tokenOf("m", "late")}[p.rng.IntN(4)])
 	case 12:
 		return Token("m", strings.Repeat("long ", p.rng.IntN(2000)))
 	}
@@ -238,6 +240,8 @@ func (p *pair) envelope() schema.Accepted {
 
 // publish submits n publishes one behind the other to both logs and compares the answers.
 func (p *pair) publish(s *twin, edge, n int) {
+	// Behind what was sent there may be ends of runs.
+	defer func() { s.head = p.on(0, edge, s).head() }()
 	var subs []broker.Submission
 	var answers [2][]<-chan answer
 	for range n {
@@ -272,7 +276,7 @@ func (p *pair) publish(s *twin, edge, n int) {
 		if a.r.First == 1 {
 			s.epochs = append(s.epochs, a.r.Epoch)
 		}
-		s.sent, s.head = append(s.sent, sub.Envelopes), a.r.Last
+		s.sent = append(s.sent, sub.Envelopes)
 		for _, e := range sub.Envelopes {
 			if e.Producer.ID != "" {
 				s.next[writing{e.Producer.Owner, e.Producer.ID}] = e.Producer
