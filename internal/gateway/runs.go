@@ -77,7 +77,8 @@ func changeOf(kind schema.Kind, payload []byte) (runChange, bool) {
 	switch kind {
 	case schema.KindStartRun:
 		m := new(schema.StartRun)
-		return runChange{run: m.GetRunId()}, proto.Unmarshal(payload, m) == nil
+		err := proto.Unmarshal(payload, m)
+		return runChange{run: m.GetRunId()}, err == nil
 	case schema.KindRunStatus:
 		m := new(schema.RunStatus)
 		err := proto.Unmarshal(payload, m)
