@@ -53,12 +53,12 @@ func parseControl(msg []byte) (f *schema.ClientFrame, is bool, err error) {
 	}
 	for key := range data {
 		if field.Message().Fields().ByName(protoreflect.Name(key)) == nil {
-			return wrong("Unknown field '%s' in 'data' of a %s.", strings.ToValidUTF8(key, "?"), kind)
+			return wrong("Unknown field '%s' in 'data' of %s.", strings.ToValidUTF8(key, "?"), kind)
 		}
 	}
 	body := f.ProtoReflect().Mutable(field).Message().Interface()
 	if err := protojson.Unmarshal(m["data"], body); err != nil {
-		return nil, true, &schema.Refusal{Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The data of a " + kind + " is not as it should be: " + strings.ToValidUTF8(err.Error(), "?"), Err: err}
+		return nil, true, &schema.Refusal{Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The data of " + kind + " is not as it should be: " + strings.ToValidUTF8(err.Error(), "?"), Err: err}
 	}
 	return f, true, nil
 }
