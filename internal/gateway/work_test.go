@@ -430,6 +430,14 @@ func TestWorkGoesBack(t *testing.T) {
 		"lost":        func(p *peer) { p.lost <- fmt.Errorf("reset") },
 		"half-closed": func(p *peer) { close(p.eof) },
 		"cut":         func(p *peer) { p.cancel() },
+		// What was published before is answered before the connection ends: the second progress in a second waits.
+		"in flight": func(p *peer) {
+			for range 2 {
+				p.publish(&schema.Publish{Session: "s", Envelopes: []*schema.Envelope{{Payload: &schema.Envelope_WorkflowProgress{WorkflowProgress: &schema.WorkflowProgress{Step: "s", Message: "m"}}}}})
+			}
+			p.next()
+			p.lost <- ErrPeerClosing
+		},
 		"nonsense":    func(p *peer) { p.sendRaw([]byte("nonsense")); p.wantError(0, schema.Code_CODE_INVALID_MESSAGE, "") },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -451,8 +459,11 @@ func TestWorkGoesBack(t *testing.T) {
 				if took := time.Since(began); took != 0 {
 					t.Errorf("it took %s", took)
 				}
-				<-p.closed
 				w.wantSaid(q, "back 1", "back 2")
+				if name == "in flight" {
+					p.next()
+				}
+				<-p.closed
 			})
 		})
 	}
