@@ -145,6 +145,7 @@ type shift struct {
 	// Static after construction.
 	w    *Worker
 	c    conn
+	told context.Context // ends when the worker is told to end
 	life context.Context // of the connection, and of the items on it; its cause says why it ended
 	end  context.CancelCauseFunc
 	out  chan []byte   // frames to send
@@ -163,7 +164,7 @@ var errLeaving = errors.New("client: the worker ends")
 
 // serve works on one connection. It returns why that was lost, after all that ran for it has ended.
 func (w *Worker) serve(ctx context.Context, c conn, l *link) error {
-	s := &shift{w: w, c: c, out: make(chan []byte), over: make(chan struct{}), hands: make(map[uint64]context.CancelCauseFunc)}
+	s := &shift{w: w, c: c, told: ctx, out: make(chan []byte), over: make(chan struct{}), hands: make(map[uint64]context.CancelCauseFunc)}
 	s.life, s.end = context.WithCancelCause(context.WithoutCancel(ctx))
 	var sending sync.WaitGroup
 	sending.Go(s.send)
@@ -355,6 +356,10 @@ func (s *shift) settle(ctx context.Context, id uint64, err error) {
 	term, isTerm := errors.AsType[termError](err)
 	later, isLater := errors.AsType[*laterError](err)
 	cause := context.Cause(ctx)
+	if cause == nil && s.told.Err() != nil {
+		// It is about to be told, too.
+		cause = errLeaving
+	}
 	switch {
 	case isTerm:
 		s.say(&schema.ClientFrame{Frame: &schema.ClientFrame_Term{Term: &schema.WorkTerm{WorkId: id, Reason: reason(term)}}})
