@@ -438,7 +438,7 @@ func TestWorkGoesBack(t *testing.T) {
 			p.next()
 			p.lost <- ErrPeerClosing
 		},
-		"nonsense":    func(p *peer) { p.sendRaw([]byte("nonsense")); p.wantError(0, schema.Code_CODE_INVALID_MESSAGE, "") },
+		"nonsense": func(p *peer) { p.sendRaw([]byte("nonsense")); p.wantError(0, schema.Code_CODE_INVALID_MESSAGE, "") },
 	} {
 		t.Run(name, func(t *testing.T) {
 			working(t, nil, func(w *world, q *worktest.Queue) {
