@@ -3,11 +3,16 @@ package gateway
 import (
 	"encoding/json"
 	"reflect"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/reflect/protoreflect"
+
 	"tidemark/broker/worktest"
+	"tidemark/internal/doctable"
 	"tidemark/schema"
 )
 
@@ -149,4 +154,65 @@ func TestSessionSocketWork(t *testing.T) {
 		}
 		user.leave()
 	})
+}
+
+// TestProtocolWork compares PROTOCOL.md's tables of the session socket's frames for workers with what is taken and said.
+func TestProtocolWork(t *testing.T) {
+	tables, err := doctable.Tables("../../PROTOCOL.md", "Work")
+	if err != nil || len(tables) != 2 {
+		t.Fatalf("PROTOCOL.md has %d tables of work: %v", len(tables), err)
+	}
+	cell := regexp.MustCompile("`([^`]+)`")
+	words := func(s string) []string {
+		var all []string
+		for _, m := range cell.FindAllStringSubmatch(s, -1) {
+			all = append(all, m[1])
+		}
+		return all
+	}
+	var named []string
+	for _, r := range tables[0].Rows {
+		name := doctable.Plain(r[0])
+		named = append(named, name)
+		var fields []string
+		message := (&schema.ClientFrame{}).ProtoReflect().Descriptor().Fields().ByName(protoreflect.Name(name)).Message().Fields()
+		for i := range message.Len() {
+			fields = append(fields, string(message.Get(i).Name()))
+		}
+		if got := words(r[1]); !slices.Equal(got, fields) {
+			t.Errorf("%s has the fields %q, PROTOCOL.md says %q", name, fields, got)
+		}
+	}
+	if !slices.Equal(named, controls[:]) {
+		t.Errorf("the socket takes %q, PROTOCOL.md says %q", controls, named)
+	}
+
+	said := map[string]any{
+		"work_subscribed": sessionSubscribed{}, "work": sessionWork{Cancelled: true}, "work_cancelled": sessionCancelled{}, "work_unsubscribed": sessionChannel{}, "work_refused": sessionRefused{}, "heard": sessionHeard{},
+	}
+	for _, r := range tables[1].Rows {
+		name := doctable.Plain(r[0])
+		text, err := json.Marshal(said[name])
+		var data map[string]any
+		if err != nil || json.Unmarshal(text, &data) != nil {
+			t.Errorf("%s is no frame of the socket", name)
+			continue
+		}
+		delete(said, name)
+		if name == "work" {
+			data["envelope"] = nil
+		}
+		for _, field := range words(r[1]) {
+			if _, ok := data[field]; !ok && field != "WorkGroup" {
+				t.Errorf("%s has no field %s", name, field)
+			}
+			delete(data, field)
+		}
+		if len(data) > 0 {
+			t.Errorf("PROTOCOL.md does not name the fields %v of %s", data, name)
+		}
+	}
+	if len(said) > 0 {
+		t.Errorf("PROTOCOL.md does not name %v", said)
+	}
 }
