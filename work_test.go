@@ -40,7 +40,7 @@ func workshop(t *testing.T) (q *worktest.Queue, vars map[string]string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, stop := context.WithCancel(context.Background())
+	ctx, stop := context.WithCancel(t.Context())
 	served := make(chan error, 1)
 	go func() { served <- e.Serve(ctx, l) }()
 	t.Cleanup(func() {

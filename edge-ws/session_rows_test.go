@@ -117,8 +117,11 @@ var rows = []row{
 		{`{"result":1}`, "Missing required field 'call_id'"}, {`{"call_id":"c","error":1}`, "'error' must be a string"},
 	}},
 	{schema.KindStartRun, all, []string{`{"run_id":"r"}`, `{"run_id":"r","input":"anything","metadata":{}}`, `{"run_id":"r","orphan_after_ms":1000}`, `{"run_id":"r","orphan_after_ms":86400000}`}, [][2]string{
-		{`{}`, "Missing required field 'run_id'"}, {`{"run_id":9}`, "'run_id' must be a string"}, {`{"run_id":"r","metadata":[]}`, "'metadata' must be a JSON object"},
-		{`{"run_id":"r","orphan_after_ms":999}`, "1000 to 86400000 milliseconds"}, {`{"run_id":"r","orphan_after_ms":"1s"}`, "'orphan_after_ms'"},
+		{`{}`, "Missing required field 'run_id'"},
+		{`{"run_id":9}`, "'run_id' must be a string"},
+		{`{"run_id":"r","metadata":[]}`, "'metadata' must be a JSON object"},
+		{`{"run_id":"r","orphan_after_ms":999}`, "1000 to 86400000 milliseconds"},
+		{`{"run_id":"r","orphan_after_ms":"1s"}`, "'orphan_after_ms'"},
 	}},
 	{schema.KindRunStatus, agents, []string{`{"run_id":"r","status":"running"}`, `{"status":"waiting_for_input","reason":"approval"}`, `{"status":"completed"}`, `{"status":"failed"}`, `{"status":"cancelled"}`}, [][2]string{
 		{`{"run_id":"r"}`, "Missing required field 'status'"}, {`{"status":"done"}`, "'status' must be one of: open, running, waiting_for_input, completed, failed, cancelled"}, {`{"status":3.5}`, "'status'"},

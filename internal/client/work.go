@@ -231,11 +231,11 @@ func (s *shift) say(f *schema.ClientFrame) {
 
 // send sends what is said. When it cannot, receive finds out why.
 func (s *shift) send() {
-	broken := false
+	ctx, broken := context.WithoutCancel(s.told), false
 	for {
 		select {
 		case b := <-s.out:
-			broken = broken || s.c.send(context.Background(), b) != nil
+			broken = broken || s.c.send(ctx, b) != nil
 		case <-s.over:
 			return
 		}
@@ -262,7 +262,8 @@ func (s *shift) subscribe() error {
 
 // receive takes one frame. The error ends the connection.
 func (s *shift) receive(l *link) error {
-	msg, err := s.c.receive(context.Background())
+	// Not the worker's context: a read that it ends would cut the connection.
+	msg, err := s.c.receive(context.WithoutCancel(s.told))
 	if err != nil {
 		return err
 	}

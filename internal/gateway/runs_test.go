@@ -154,7 +154,9 @@ func TestHeartbeat(t *testing.T) {
 			role, session, run string
 			code               schema.Code
 		}{
-			{"user", "s", "r", schema.Code_CODE_FORBIDDEN}, {"analyst", "s", "r", schema.Code_CODE_FORBIDDEN}, {"agent", "", "r", schema.Code_CODE_INVALID_MESSAGE},
+			{"user", "s", "r", schema.Code_CODE_FORBIDDEN},
+			{"analyst", "s", "r", schema.Code_CODE_FORBIDDEN},
+			{"agent", "", "r", schema.Code_CODE_INVALID_MESSAGE},
 			{"agent", "s", strings.Repeat("r", 201), schema.Code_CODE_INVALID_MESSAGE},
 		} {
 			p := w.connect(principal(c.role, "*"))

@@ -118,7 +118,7 @@ func TestSessionSocketWork(t *testing.T) {
 		}
 		w.wantKept(q, "s/r")
 		p.sendRaw(schema.AppendJSON(nil, startOf("r2")))
-		for kept := 0; kept < 3; kept++ { // attached of the session that begins, published, the envelope
+		for range 3 { // attached of the session that begins, published, the envelope
 			p.nextRaw()
 		}
 		w.wantKept(q, "s/r", "s/r2")
