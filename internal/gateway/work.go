@@ -347,7 +347,11 @@ func (s *subscription) mayHave(it *broker.Item) error {
 	if it.Session.Tenant != who.Tenant {
 		return schema.Refuse(schema.Code_CODE_INTERNAL, "The group handed out an item of another tenant.")
 	}
-	return Authorize(who, Work, it.Session.Name)
+	if Authorize(who, Work, it.Session.Name) != nil {
+		// Which session that is, the peer is not to know.
+		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "Group %q holds work of sessions that the token gives no access to, by now; use one whose claim 'sessions' names all of them.", s.options.Group)
+	}
+	return nil
 }
 
 // worked writes the subscription's last frame: that the peer has ended it, or why it ends. What is in hand goes back to the group.

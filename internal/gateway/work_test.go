@@ -387,7 +387,9 @@ func TestWorkRights(t *testing.T) {
 		all.subscribe(&schema.WorkSubscribe{Sessions: []string{"*"}})
 		all.wantSubscribed()
 		jobs(q, "c", 1)
-		p.wantError(1, schema.Code_CODE_FORBIDDEN, `"c"`)
+		if e := p.wantError(1, schema.Code_CODE_FORBIDDEN, `Group "tools" holds work`); strings.Contains(e.GetMessage(), `"c"`) {
+			t.Errorf("it says which session that is: %s", e.GetMessage())
+		}
 		if it := all.wantWork(1)[0]; it.GetAttempt() != 2 {
 			t.Errorf("the item is %v", it)
 		}
