@@ -84,7 +84,11 @@ func (s *socket) ending(err error) Ending {
 	}
 	if c, ok := errors.AsType[websocket.CloseError](err); ok {
 		word, text, _ := strings.Cut(c.Reason, ": ")
-		e.Status, e.Code, e.Message = int(c.Code), codeOf(word), text
+		e.Status, e.Message = int(c.Code), text
+		if c.Code != websocket.StatusNormalClosure {
+			// Behind the end of a session the reason is how that ended, and cancelled is a code's word, too.
+			e.Code = codeOf(word)
+		}
 	}
 	return e
 }
