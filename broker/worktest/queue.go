@@ -57,6 +57,7 @@ type item struct {
 	resting bool
 	holder  *worker
 	taken   bool // by the worker's Take
+	before  bool // it was cancelled before it was given to the worker
 	timer   *time.Timer
 }
 
@@ -159,7 +160,7 @@ func (q *Queue) Cancel(id schema.SessionID, seq uint64, reason string) {
 				continue
 			}
 			it.Cancelled = true
-			if w := it.holder; w != nil && it.taken {
+			if w := it.holder; w != nil {
 				w.gone = append(w.gone, broker.Cancellation{ID: it.ID, Seq: seq, Reason: reason})
 				wakes = append(wakes, w.wake)
 			}
@@ -240,7 +241,7 @@ func (g *group) deal() []func() {
 		}
 		w := g.workers[i]
 		w.q.ids++
-		it.holder, it.taken, it.ID = w, false, w.q.ids
+		it.holder, it.taken, it.before, it.ID = w, false, it.Cancelled, w.q.ids
 		it.Attempt++
 		it.Deadline = time.Now().Add(g.o.AckWait)
 		id := it.ID
@@ -358,6 +359,7 @@ func (w *worker) Take(most int) ([]*broker.Item, error) {
 		if !it.taken && len(got) < most {
 			it.taken = true
 			handed := it.Item
+			handed.Cancelled = it.before
 			got = append(got, &handed)
 		}
 	}

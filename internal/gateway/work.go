@@ -38,8 +38,10 @@ type subscription struct {
 	taker broker.Taker
 	err   error
 
-	// joined: the writer has taken what the task found. Owned by the writer.
-	joined bool
+	// Owned by the writer.
+	joined bool // it has taken what the task found
+	// gone is what was cancelled and not told yet.
+	gone []broker.Cancellation
 }
 
 // subscribe handles a [schema.WorkSubscribe]. The error ends the connection. Called by the reader.
@@ -305,10 +307,13 @@ func (w *writer) joined(s *subscription) {
 
 // handOut writes the items that the worker holds and the peer has not, and what was cancelled of those that it has. An edge that goes away hands out nothing new.
 func (w *writer) handOut(s *subscription) {
+	// Asked before, told behind: what was cancelled may be an item that the peer has not got yet.
+	s.gone = append(s.gone, s.taker.Cancellations()...)
 	var items []*broker.Item
 	var over error
+	more := false
 	for size := 0; !w.c.leaving.Load(); {
-		if size >= roundBytes {
+		if more = size >= roundBytes; more {
 			s.turn()
 			break
 		}
@@ -331,10 +336,13 @@ func (w *writer) handOut(s *subscription) {
 	if len(items) > 0 {
 		w.c.codec.work(w, s, items)
 	}
-	for _, gone := range s.taker.Cancellations() {
-		w.c.codec.frame(w, &schema.ServerFrame{Frame: &schema.ServerFrame_WorkCancelled{
-			WorkCancelled: &schema.WorkCancelled{Channel: s.channel, WorkId: gone.ID, Seq: gone.Seq, Reason: gone.Reason},
-		}})
+	if !more {
+		for _, gone := range s.gone {
+			w.c.codec.frame(w, &schema.ServerFrame{Frame: &schema.ServerFrame_WorkCancelled{
+				WorkCancelled: &schema.WorkCancelled{Channel: s.channel, WorkId: gone.ID, Seq: gone.Seq, Reason: gone.Reason},
+			}})
+		}
+		s.gone = nil
 	}
 	if over != nil {
 		w.worked(s, over)

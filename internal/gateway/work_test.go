@@ -244,6 +244,38 @@ func TestWorkIsBatched(t *testing.T) {
 	})
 }
 
+// TestCancelsComeBehind: no cancel is told before the item that it is of, however much waits to be written.
+func TestCancelsComeBehind(t *testing.T) {
+	working(t, nil, func(w *world, q *worktest.Queue) {
+		p := w.agent()
+		p.subscribe(&schema.WorkSubscribe{Credit: 100})
+		p.wantSubscribed()
+		for seq := range uint64(50) {
+			e := jobOf(seq + 1)
+			e.GetToolCall().ArgumentsJson = `"` + strings.Repeat("x", 10_000) + `"`
+			q.Put(idOf("s"), e)
+		}
+		// The first message waits for its reader; most of the items are with the worker and were not taken.
+		synctest.Wait()
+		q.Cancel(idOf("s"), 99, "enough")
+		has, gone := map[uint64]bool{}, 0
+		for gone < 50 {
+			f := p.next()
+			for _, it := range f.GetWork().GetItems() {
+				has[it.GetWorkId()] = true
+			}
+			if c := f.GetWorkCancelled(); c != nil {
+				if gone++; !has[c.GetWorkId()] {
+					t.Fatalf("item %d was cancelled before it came", c.GetWorkId())
+				}
+			}
+		}
+		if len(has) != 50 {
+			t.Errorf("%d items came", len(has))
+		}
+	})
+}
+
 // TestWorkFramesWrittenByHand compares what is written by hand with what protobuf makes of the same.
 func TestWorkFramesWrittenByHand(t *testing.T) {
 	working(t, nil, func(w *world, _ *worktest.Queue) {
