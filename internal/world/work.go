@@ -23,14 +23,14 @@ func (p *Peer) Subscribe(m *schema.WorkSubscribe) {
 	p.Send(&schema.ClientFrame{Frame: &schema.ClientFrame_WorkSubscribe{WorkSubscribe: m}})
 }
 
-// JoinGroup connects so that the peer is a worker of a group, as every way of [WorkWays] can. A session socket needs the session; the others leave it.
-func (w *World) JoinGroup(e *Edge, way Way, session string, m *schema.WorkSubscribe) *Peer {
+// Hire connects so that the peer is a worker of a group, as every way of [WorkWays] can. A session socket needs the session; the others leave it.
+func (w *World) Hire(e *Edge, way Way, session string, m *schema.WorkSubscribe) *Peer {
 	w.t.Helper()
-	return w.JoinGroupAs(e, way, Dial{}, session, m)
+	return w.HireAs(e, way, Dial{}, session, m)
 }
 
-// JoinGroupAs is [World.JoinGroup] with another token, or over a link that the test wants to know.
-func (w *World) JoinGroupAs(e *Edge, way Way, d Dial, session string, m *schema.WorkSubscribe) *Peer {
+// HireAs is [World.Hire] with another token, or over a link that the test wants to know.
+func (w *World) HireAs(e *Edge, way Way, d Dial, session string, m *schema.WorkSubscribe) *Peer {
 	w.t.Helper()
 	var first *schema.Attach
 	if way == SessionSocket {

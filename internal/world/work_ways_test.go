@@ -1,4 +1,4 @@
-package world_test
+package world
 
 import (
 	"slices"
@@ -8,13 +8,12 @@ import (
 	"tidemark/broker/worktest"
 	"tidemark/edge-grpc"
 	"tidemark/internal/gateway"
-	"tidemark/internal/world"
 	"tidemark/schema"
 )
 
-// workshop is a world whose edges hand out work that is in memory, so that nothing but the ways to it is looked at.
-func workshop(q *worktest.Queue) world.Config {
-	return world.Config{
+// workInMemory is a world whose edges hand out work that is in memory, so that nothing but the ways to it is looked at.
+func workInMemory(q *worktest.Queue) Config {
+	return Config{
 		Gateway: func(c *gateway.Config) { c.Work, c.Runs = q, q },
 		GRPC:    func(c *edgegrpc.Config) { c.Work, c.Runs = q, q },
 	}
@@ -26,12 +25,12 @@ func toolCall(seq uint64) *schema.Envelope {
 
 // TestWorkOverEveryWay: every way that carries work carries all of it alike.
 func TestWorkOverEveryWay(t *testing.T) {
-	for _, way := range world.WorkWays() {
+	for _, way := range WorkWays() {
 		t.Run(way.String(), func(t *testing.T) {
 			q := new(worktest.Queue)
-			world.Run(t, workshop(q), func(w *world.World) {
-				id := world.Session("s")
-				p := w.JoinGroup(w.Edge(0), way, "s", &schema.WorkSubscribe{Group: "g", Sessions: []string{"s"}, Credit: 2, AckWaitMs: 60_000, MaxDeliver: 3})
+			Run(t, workInMemory(q), func(w *World) {
+				id := Session("s")
+				p := w.Hire(w.Edge(0), way, "s", &schema.WorkSubscribe{Group: "g", Sessions: []string{"s"}, Credit: 2, AckWaitMs: 60_000, MaxDeliver: 3})
 				for seq := range uint64(3) {
 					q.Put(id, toolCall(seq+1))
 				}
@@ -77,7 +76,7 @@ func TestWorkOverEveryWay(t *testing.T) {
 				p.Subscribe(&schema.WorkSubscribe{Group: "g"})
 				p.WantSubscribed()
 				p.WantItem(2)
-				other := w.JoinGroup(w.Edge(1), way, "s", &schema.WorkSubscribe{Group: "g", MaxDeliver: 9})
+				other := w.Hire(w.Edge(1), way, "s", &schema.WorkSubscribe{Group: "g", MaxDeliver: 9})
 				other.WantNoWork(time.Second)
 				began := time.Now()
 				p.Cut()
