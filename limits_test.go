@@ -53,7 +53,7 @@ func TestLimitsOfAProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for limit, n := range map[string]int{"rate": 2, "message_bytes": 0, "connections": 0, "user_connections": 0, "sessions": 0, "in_flight": 0, "origin": 0} {
+	for limit, n := range map[string]int{"rate": 2, "message_bytes": 0, "connections": 0, "user_connections": 0, "sessions": 0, "in_flight": 0, "origin": 0, "groups": 0} {
 		if want := fmt.Sprintf("tidemark_gateway_limits_exceeded_total{limit=%q} %d\n", limit, n); !strings.Contains(string(metrics), want) {
 			t.Errorf("the metrics do not have %q", want)
 		}

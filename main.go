@@ -40,6 +40,7 @@ type commands struct {
 	Publish  publishCommand  `cmd:"" help:"Publish lines or a recorded stream into a session."`
 	Follow   followCommand   `cmd:"" help:"Show a session as it goes on, over lost connections and edges."`
 	Sessions sessionsCommand `cmd:"" help:"List, show and remove sessions."`
+	Work     workCommand     `cmd:"" help:"See what work sessions hold, take it, and look after what was given up."`
 	Replay   replayCommand   `cmd:"" help:"Read a session's log: as a transcript, as JSON lines, or to verify it."`
 
 	Demo demoCommand `cmd:"" help:"Play a recorded answer to two clients while connections are cut and an edge is killed, and count what arrived."`

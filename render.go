@@ -85,6 +85,8 @@ func (r *textRenderer) show(e *schema.Envelope) {
 			text += ": " + p.Error.GetDetails()
 		}
 		r.line("error", text)
+	case *schema.Envelope_WorkFailed:
+		r.line("work_failed "+p.WorkFailed.GetGroup(), p.WorkFailed.GetReason())
 	default:
 		r.line("unknown", fmt.Sprintf("seq %d is of a type that this version does not know", e.GetSeq()))
 	}

@@ -13,7 +13,7 @@ import (
 type Queue interface {
 	// Join makes a worker of a group of the tenant, and the group where there is none. What o leaves out stays as the group has it. The error is invalid_message where o is beyond its bounds, unavailable where NATS
 	// does not answer.
-	Join(ctx context.Context, tenant string, o WorkOptions) (*Worker, error)
+	Join(ctx context.Context, tenant string, o WorkOptions) (Taker, error)
 	// Groups are the tenant's, in the order of their names.
 	Groups(ctx context.Context, tenant string) ([]*schema.WorkGroup, error)
 	// Items lists work, the oldest first. The error is work_not_found where there is no such group.
@@ -24,6 +24,21 @@ type Queue interface {
 	// of them is not there, and then the others may be redriven or not.
 	Redrive(ctx context.Context, tenant string, may func(session string) bool, ids []string) (redriven, before int, err error)
 }
+
+// Taker is a member of a group as whoever hands its items on knows it; [*Worker] is one, and says what the methods promise. All may be called concurrently, and none waits for NATS: they are called between two
+// writes to a client.
+type Taker interface {
+	Group() *schema.WorkGroup
+	Take(most int) ([]*Item, error)
+	Cancellations() []Cancellation
+	Ack(id uint64) bool
+	Nack(id uint64, delay *time.Duration, reason string) bool
+	InProgress(id uint64) bool
+	Term(id uint64, reason string) bool
+	Close()
+}
+
+var _ Taker = (*Worker)(nil)
 
 // WorkOptions say what a worker takes. Fields are as in [schema.WorkSubscribe].
 type WorkOptions struct {

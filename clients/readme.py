@@ -18,9 +18,10 @@ PATIENCE = 30
 
 
 def snippet(language):
-    """The one client in that language."""
+    """The one client in that language, of those that follow a session."""
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        found = re.findall(r"^```%s\n(.*?)^```$" % language, f.read(), re.S | re.M)
+        section = f.read().split("\n## A client in ten lines\n")[1].split("\n## ")[0]
+    found = re.findall(r"^```%s\n(.*?)^```$" % language, section, re.S | re.M)
     assert len(found) == 1 and ADDRESS in found[0], "README.md shows %d clients in %s" % (len(found), language)
     return found[0]
 

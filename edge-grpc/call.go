@@ -29,6 +29,12 @@ var (
 	listSessions  = call[schema.ListSessionsRequest, schema.ListSessionsResponse]{"ListSessions", (*Edge).listSessions, failed}       //nolint:gochecknoglobals // a row of a table that nothing writes
 	deleteSession = call[schema.DeleteSessionRequest, schema.DeleteSessionResponse]{"DeleteSession", (*Edge).deleteSession, failed}   //nolint:gochecknoglobals // a row of a table that nothing writes
 	appendOnce    = call[schema.AppendRequest, schema.AppendResponse]{"Append", (*Edge).append, rejected}                             //nolint:gochecknoglobals // a row of a table that nothing writes
+
+	keepRun         = call[schema.KeepRunRequest, schema.KeepRunResponse]{"KeepRun", (*Edge).keepRun, failed}                                 //nolint:gochecknoglobals // a row of a table that nothing writes
+	listWorkGroups  = call[schema.ListWorkGroupsRequest, schema.ListWorkGroupsResponse]{"ListWorkGroups", (*Edge).listWorkGroups, failed}     //nolint:gochecknoglobals // a row of a table that nothing writes
+	listWork        = call[schema.ListWorkRequest, schema.ListWorkResponse]{"ListWork", (*Edge).listWork, failed}                             //nolint:gochecknoglobals // a row of a table that nothing writes
+	listDeadLetters = call[schema.ListDeadLettersRequest, schema.ListDeadLettersResponse]{"ListDeadLetters", (*Edge).listDeadLetters, failed} //nolint:gochecknoglobals // a row of a table that nothing writes
+	redrive         = call[schema.RedriveRequest, schema.RedriveResponse]{"Redrive", (*Edge).redrive, failed}                                 //nolint:gochecknoglobals // a row of a table that nothing writes
 )
 
 // run carries out one call for the bearer of the token.
@@ -96,17 +102,20 @@ type stream struct {
 	follows bool
 	// hello: the token may come in the first frame.
 	hello bool
+	// work: it carries what workers say and hear, and nothing else.
+	work bool
 }
 
 var (
 	appendStream = stream{method: "AppendStream", protocol: gateway.ProtoPublish}   //nolint:gochecknoglobals // a row of a table that nothing writes
 	follow       = stream{method: "Follow", protocol: gateway.Proto, follows: true} //nolint:gochecknoglobals // a row of a table that nothing writes
 	connection   = stream{method: "Connect", protocol: gateway.Proto, hello: true}  //nolint:gochecknoglobals // a row of a table that nothing writes
+	workers      = stream{method: "Work", protocol: gateway.Proto, work: true}      //nolint:gochecknoglobals // a row of a table that nothing writes
 )
 
 // peer prepares what the gateway needs to know of a stream whose caller sent this token. first is the message of a stream that follows.
 func (s stream) peer(ctx context.Context, e *Edge, token, remote string, first func(*schema.Attach) error) (gateway.Peer, error) {
-	peer := gateway.Peer{Protocol: s.protocol, Remote: remote}
+	peer := gateway.Peer{Protocol: s.protocol, Remote: remote, Work: s.work}
 	if token != "" || !s.hello {
 		p, err := e.identify(ctx, token)
 		if err != nil {

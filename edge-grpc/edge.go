@@ -52,6 +52,9 @@ type Config struct {
 	Gateway *gateway.Gateway
 	// Log answers the calls that are no streams. Required; the gateway's.
 	Log broker.Log
+	// Work and Runs are the gateway's. Default: Log, where it is such.
+	Work broker.Queue
+	Runs broker.RunKeeper
 	// Verify says who the bearer of a token is. Required; the gateway's. The error is a [*schema.Refusal].
 	Verify func(ctx context.Context, token string) (*auth.Principal, error)
 
@@ -74,6 +77,12 @@ type Config struct {
 func (c *Config) validate() error {
 	if c.Gateway == nil || c.Log == nil || c.Verify == nil {
 		return errors.New("edgegrpc: Config needs Gateway, Log and Verify")
+	}
+	if c.Work == nil {
+		c.Work, _ = c.Log.(broker.Queue)
+	}
+	if c.Runs == nil {
+		c.Runs, _ = c.Log.(broker.RunKeeper)
 	}
 	if c.MaxConnections <= 0 {
 		c.MaxConnections = DefaultMaxConnections
@@ -102,6 +111,8 @@ type Edge struct {
 
 	// streams are what runs for native streams; see [stream.serveNative].
 	streams sync.WaitGroup
+	// runs are those kept by calls.
+	runs leases
 
 	mu       sync.Mutex
 	listener net.Listener // nil before Serve
@@ -189,6 +200,7 @@ func (e *Edge) Serve(ctx context.Context, l net.Listener) error {
 	_ = web.Close()
 	servers.Wait()
 	e.streams.Wait()
+	e.runs.end()
 	return err
 }
 

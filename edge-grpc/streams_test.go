@@ -36,6 +36,12 @@ func clientFrame(m proto.Message) *schema.ClientFrame {
 		return &schema.ClientFrame{Frame: &schema.ClientFrame_Hello{Hello: m}}
 	case *schema.Attach:
 		return &schema.ClientFrame{Frame: &schema.ClientFrame_Attach{Attach: m}}
+	case *schema.WorkSubscribe:
+		return &schema.ClientFrame{Frame: &schema.ClientFrame_WorkSubscribe{WorkSubscribe: m}}
+	case *schema.WorkAck:
+		return &schema.ClientFrame{Frame: &schema.ClientFrame_Ack{Ack: m}}
+	case *schema.WorkTerm:
+		return &schema.ClientFrame{Frame: &schema.ClientFrame_Term{Term: m}}
 	case *schema.Ping:
 		return &schema.ClientFrame{Frame: &schema.ClientFrame_Ping{Ping: m}}
 	}

@@ -38,6 +38,12 @@ func (e *Edge) webHandler() http.Handler {
 	mount(appendStream.web(e))
 	mount(follow.web(e))
 	mount(connection.web(e))
+	mount(workers.web(e))
+	mount(keepRun.web(e))
+	mount(listWorkGroups.web(e))
+	mount(listWork.web(e))
+	mount(listDeadLetters.web(e))
+	mount(redrive.web(e))
 	e.health.mount(mux)
 	reflector := grpcreflect.NewStaticReflector(schemaconnect.SessionServiceName, healthService)
 	for _, mount := range []func(*grpcreflect.Reflector, ...connect.HandlerOption) (string, http.Handler){grpcreflect.NewHandlerV1, grpcreflect.NewHandlerV1Alpha} {

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"tidemark/broker"
+	"tidemark/broker/worktest"
 	"tidemark/internal/auth"
 	"tidemark/internal/gateway"
 	"tidemark/schema"
@@ -34,6 +35,7 @@ type world struct {
 	*testing.T
 	ctx     context.Context
 	log     *testLog
+	queue   *worktest.Queue
 	gateway *gateway.Gateway
 	edge    *Edge
 	metrics *prometheus.Registry
@@ -68,11 +70,11 @@ func inWorld(t *testing.T, test func(w *world)) {
 func inWorldWith(t *testing.T, change func(*Config, *gateway.Config), test func(w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{T: t, log: &testLog{MemoryLog: broker.NewMemoryLog()}, metrics: prometheus.NewRegistry(), l: newPipeListener(), served: make(chan error, 1)}
+		w := &world{T: t, log: &testLog{MemoryLog: broker.NewMemoryLog()}, queue: new(worktest.Queue), metrics: prometheus.NewRegistry(), l: newPipeListener(), served: make(chan error, 1)}
 		v, err := auth.NewVerifier(auth.Config{Secret: testSecret})
 		w.must(err)
-		gc := gateway.Config{Log: w.log, Verify: v.Verify, Version: "test"}
-		ec := Config{Log: w.log, Verify: v.Verify, Metrics: w.metrics}
+		gc := gateway.Config{Log: w.log, Verify: v.Verify, Version: "test", Work: w.queue, Runs: w.queue}
+		ec := Config{Log: w.log, Verify: v.Verify, Metrics: w.metrics, Work: w.queue, Runs: w.queue}
 		change(&ec, &gc)
 		w.gateway, err = gateway.New(gc)
 		w.must(err)

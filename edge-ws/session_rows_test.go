@@ -54,6 +54,7 @@ var rows = []row{
 	{schema.KindWaitingForInput, agents, []string{
 		`{"prompt":"Shall I?"}`, `{"prompt":"Which?","options":["a","b"]}`, `{"prompt":"Which?","options":[],"context":{}} => {"prompt":"Which?","context":{}}`,
 		`{"prompt":"p","context":{"diff":"+1","n":12345678901234567890}}`,
+		`{"prompt":"p","options":["yes","no"],"deadline":"2126-01-01T00:00:00Z","default":"no"}`, `{"prompt":"p","deadline":"2126-01-01T00:00:00.5Z","default":{"approved":false}}`,
 	}, [][2]string{
 		{`{"options":["a"]}`, "Missing required field 'prompt'"},
 		{`{"prompt":7}`, "'prompt' must be a string"},
@@ -64,6 +65,11 @@ var rows = []row{
 		{`{"prompt":"p","options":[` + strings.Repeat(`"x",`, schema.MaxPromptOptions) + `"x"]}`, "at most 100"},
 		{`{"prompt":"p","options":["` + strings.Repeat("x", schema.MaxPromptOptionBytes+1) + `"]}`, "1 to 1000"},
 		{`{"prompt":"p","choices":[]}`, "Unknown field 'choices'"},
+		{`{"prompt":"p","deadline":"2126-01-01T00:00:00Z"}`, "'deadline' and 'default' stand together"},
+		{`{"prompt":"p","default":"no"}`, "'deadline' and 'default' stand together"},
+		{`{"prompt":"p","deadline":"tomorrow","default":"no"}`, "'deadline' is not a time"},
+		{`{"prompt":"p","options":["yes"],"deadline":"2126-01-01T00:00:00Z","default":"no"}`, "'default' is none of the answers"},
+		{`{"prompt":"p","deadline":"2126-01-01T00:00:00Z","default":"` + strings.Repeat("x", schema.MaxPromptDefaultBytes) + `"}`, "at most 4096"},
 	}},
 	{schema.KindAgentMessage, agents, []string{`{"message":"done"}`, `{"message":"done","metadata":{"model":"m"}}`}, [][2]string{
 		{`{"message":{}}`, "'message' must be a string"}, {`{"message":"m","metadata":1}`, "'metadata' must be a JSON object"}, {`{"message":"m","text":"m"}`, "Unknown field 'text'"},
@@ -110,8 +116,12 @@ var rows = []row{
 	{schema.KindToolResult, all, []string{`{"call_id":"c","result":[1]}`, `{"call_id":"c","error":"no such file"}`}, [][2]string{
 		{`{"result":1}`, "Missing required field 'call_id'"}, {`{"call_id":"c","error":1}`, "'error' must be a string"},
 	}},
-	{schema.KindStartRun, all, []string{`{"run_id":"r"}`, `{"run_id":"r","input":"anything","metadata":{}}`}, [][2]string{
-		{`{}`, "Missing required field 'run_id'"}, {`{"run_id":9}`, "'run_id' must be a string"}, {`{"run_id":"r","metadata":[]}`, "'metadata' must be a JSON object"},
+	{schema.KindStartRun, all, []string{`{"run_id":"r"}`, `{"run_id":"r","input":"anything","metadata":{}}`, `{"run_id":"r","orphan_after_ms":1000}`, `{"run_id":"r","orphan_after_ms":86400000}`}, [][2]string{
+		{`{}`, "Missing required field 'run_id'"},
+		{`{"run_id":9}`, "'run_id' must be a string"},
+		{`{"run_id":"r","metadata":[]}`, "'metadata' must be a JSON object"},
+		{`{"run_id":"r","orphan_after_ms":999}`, "1000 to 86400000 milliseconds"},
+		{`{"run_id":"r","orphan_after_ms":"1s"}`, "'orphan_after_ms'"},
 	}},
 	{schema.KindRunStatus, agents, []string{`{"run_id":"r","status":"running"}`, `{"status":"waiting_for_input","reason":"approval"}`, `{"status":"completed"}`, `{"status":"failed"}`, `{"status":"cancelled"}`}, [][2]string{
 		{`{"run_id":"r"}`, "Missing required field 'status'"}, {`{"status":"done"}`, "'status' must be one of: open, running, waiting_for_input, completed, failed, cancelled"}, {`{"status":3.5}`, "'status'"},
@@ -129,6 +139,10 @@ var rows = []row{
 		{`{"type":"t","data":"not base64"}`, "'data' must be bytes in base64"},
 		{`{"type":"t","data":"","json":1}`, "not both"},
 		{`{"type":"t","more":1}`, "Unknown field 'more'"},
+	}},
+	// Tidemark itself says it.
+	{schema.KindWorkFailed, "", []string{`{"group":"tools","attempts":5,"reason":"no such tool"}`}, [][2]string{
+		{`{"reason":"r"}`, "Missing required field 'group'"}, {`{"group":"g"}`, "Missing required field 'reason'"}, {`{"group":"g","reason":"r","attempts":-1}`, "'attempts'"},
 	}},
 	// It comes through CreateSession alone.
 	{schema.KindSessionCreated, "", nil, [][2]string{{`{"kind":"game"}`, "'kind' must be one of: chat, workflow"}}},

@@ -263,6 +263,8 @@ func event(e *schema.Envelope) string {
 			s += " (the run goes on)"
 		}
 		return s
+	case *schema.Envelope_WorkFailed:
+		return fmt.Sprintf("✗ %s gave up seq %d after %d attempts", m.WorkFailed.GetGroup(), e.GetReplyTo(), m.WorkFailed.GetAttempts()) + behind(": ", m.WorkFailed.GetReason())
 	case *schema.Envelope_Custom:
 		s := "· " + m.Custom.GetType()
 		if data := m.Custom.GetData(); utf8.Valid(data) && len(data) > 0 {

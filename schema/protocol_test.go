@@ -56,8 +56,10 @@ func TestProtocolCodes(t *testing.T) {
 }
 
 func TestProtocolLimits(t *testing.T) {
-	limits := []int{MaxNameBytes, MaxEnvelopeBytes, MaxFrameBytes, MaxPublishEnvelopes, MaxIDBytes, MaxProducerIDBytes, MaxAttachTypes, MaxAttachedSessions, MaxPromptOptions, MaxPromptOptionBytes, MaxSessionMetadataBytes,
-		MaxPromptDefaultBytes, MaxOrphanAfterMs, MaxGroupBytes, MaxWorkSessions, MaxWorkCredit, MaxAckWaitMs, MaxDeliveries, MaxBackoffs, MaxBackoffMs, MaxReasonBytes}
+	limits := []int{
+		MaxNameBytes, MaxEnvelopeBytes, MaxFrameBytes, MaxPublishEnvelopes, MaxIDBytes, MaxProducerIDBytes, MaxAttachTypes, MaxAttachedSessions, MaxPromptOptions, MaxPromptOptionBytes, MaxSessionMetadataBytes,
+		MaxPromptDefaultBytes, MaxOrphanAfterMs, MaxGroupBytes, MaxWorkSessions, MaxWorkCredit, MaxAckWaitMs, MaxDeliveries, MaxBackoffs, MaxBackoffMs, MaxReasonBytes,
+	}
 	rows := protocolTables(t, "Limits")
 	if len(rows) != len(limits) {
 		t.Fatalf("PROTOCOL.md has %d limits, the code %d", len(rows), len(limits))

@@ -59,6 +59,13 @@ func randomEnvelope() *rapid.Generator[*Envelope] {
 		if c := e.GetToolCall(); c.GetArgumentsJson() != "" {
 			c.ArgumentsDelta = ""
 		}
+		if r := e.GetStartRun(); r.GetOrphanAfterMs() != 0 {
+			r.OrphanAfterMs = rapid.Uint64Range(MinOrphanAfterMs, MaxOrphanAfterMs).Draw(t, "orphan after")
+		}
+		if w := e.GetWaitingForInput(); w != nil && (w.Deadline == nil || w.DefaultJson == "" || !Allows(w.Options, w.DefaultJson)) {
+			// They stand together, and the answer is one of the options.
+			w.Deadline, w.DefaultJson = nil, ""
+		}
 		if c := e.GetCancel(); c != nil {
 			switch rapid.IntRange(0, 2).Draw(t, "target") {
 			case 0:
@@ -146,11 +153,11 @@ func randomString(t *rapid.T, m protoreflect.Message, f protoreflect.FieldDescri
 	case name == "id" && m.Descriptor().Name() == "Envelope":
 		return rapid.StringMatching(`[0-7][0-9A-HJKMNP-TV-Z]{25}`).Draw(t, name)
 	case strings.HasSuffix(name, "_json"):
-		object := !slices.Contains([]string{"response_json", "input_json", "arguments_json", "result_json"}, name)
+		object := !slices.Contains([]string{"response_json", "input_json", "arguments_json", "result_json", "default_json"}, name)
 		return randomSpace(t) + randomJSONOf(t, name, object) + randomSpace(t)
 	case name == "type":
 		return "app." + randomText(0, MaxIDBytes-4).Draw(t, name)
-	case strings.HasSuffix(name, "_id") || name == "id" || name == "content_type" || name == "subject":
+	case strings.HasSuffix(name, "_id") || name == "id" || name == "content_type" || name == "subject" || name == "group":
 		return randomText(1, MaxIDBytes).Draw(t, name)
 	}
 	return randomText(1, 1000).Draw(t, name)

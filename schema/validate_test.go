@@ -40,11 +40,16 @@ func sample(t *testing.T, kind Kind) *Envelope {
 	if c := e.GetToolCall(); c != nil {
 		c.ArgumentsDelta = ""
 	}
+	if r := e.GetStartRun(); r != nil {
+		r.OrphanAfterMs = MinOrphanAfterMs
+	}
 	if err := e.Validate(); err != nil {
 		t.Fatal(err)
 	}
 	return e
 }
+
+const deadlineAlone = "The fields 'deadline' and 'default' stand together or not at all: at the deadline the question is answered with the default."
 
 // Of every payload, each field in turn is taken away: the required ones are missed by their name in the JSON form, the others are not.
 func TestRequiredFields(t *testing.T) {
@@ -65,6 +70,9 @@ func TestRequiredFields(t *testing.T) {
 				if slices.Contains(requiredFields[kind], formName(f)) {
 					sentence = "Missing required field '" + formName(f) + "'"
 				}
+				if kind == KindWaitingForInput && (f.Name() == "deadline" || f.Name() == "default_json") {
+					sentence = deadlineAlone
+				}
 				wantRefusal(t, e.Validate(), Code_CODE_INVALID_MESSAGE, sentence)
 			})
 		}
@@ -75,7 +83,7 @@ func TestRequiredFields(t *testing.T) {
 // are called otherwise.
 func TestFieldBounds(t *testing.T) {
 	t.Parallel()
-	anyJSON := []string{"response_json", "input_json", "arguments_json", "result_json"}
+	anyJSON := []string{"response_json", "input_json", "arguments_json", "result_json", "default_json"}
 	for _, kind := range Kinds() {
 		fields := sample(t, kind).ProtoReflect().Descriptor().Fields().ByNumber(protowire.Number(kind)).Message().Fields()
 		for i := range fields.Len() {
@@ -92,7 +100,7 @@ func TestFieldBounds(t *testing.T) {
 					value = "[]"
 				case strings.HasSuffix(name, "_json"):
 					value, sentence = "[]", "Field '"+formName(f)+"' must be a JSON object."
-				case strings.HasSuffix(name, "_id") || name == "type" || name == "content_type":
+				case strings.HasSuffix(name, "_id") || name == "type" || name == "content_type" || name == "group":
 					sentence = "Field '" + name + "' has 201 bytes; at most 200 are allowed."
 				}
 				e := sample(t, kind)
@@ -137,8 +145,8 @@ func TestValidate(t *testing.T) {
 		{"no payload", new(Envelope), Code_CODE_UNKNOWN_TYPE, "The envelope has no payload that this version of the server knows."},
 		{"nil", nil, Code_CODE_UNKNOWN_TYPE, "The envelope has no payload that this version of the server knows."},
 		{
-			"a later payload", unknownFields(new(Envelope), 27, "x"), Code_CODE_UNKNOWN_TYPE,
-			"The payload with field number 27 is not known to this version of the server.",
+			"a later payload", unknownFields(new(Envelope), 28, "x"), Code_CODE_UNKNOWN_TYPE,
+			"The payload with field number 28 is not known to this version of the server.",
 		},
 		{
 			"a later payload behind a known one", unknownFields(system(func(*Envelope) {}), 99, "x"), Code_CODE_UNKNOWN_TYPE,
@@ -273,16 +281,40 @@ func TestValidateBoundsInside(t *testing.T) {
 	metadata := func(n int) *Envelope {
 		return &Envelope{Payload: &Envelope_SessionCreated{SessionCreated: &SessionCreated{MetadataJson: "{" + strings.Repeat(" ", n-2) + "}"}}}
 	}
+	orphan := func(ms uint64) *Envelope {
+		return &Envelope{Payload: &Envelope_StartRun{StartRun: &StartRun{RunId: "r", OrphanAfterMs: ms}}}
+	}
+	answered := func(deadline *timestamppb.Timestamp, answer string, options ...string) *Envelope {
+		return &Envelope{Payload: &Envelope_WaitingForInput{WaitingForInput: &WaitingForInput{Prompt: "p", Options: options, Deadline: deadline, DefaultJson: answer}}}
+	}
+	at := &timestamppb.Timestamp{Seconds: 1762250415}
+	text := func(n int) string { return `"` + strings.Repeat("x", n-2) + `"` }
 	for name, row := range map[string]struct {
 		e        *Envelope
 		sentence string
 	}{
-		"most options":       {options(100, 1000), ""},
-		"too many options":   {options(101, 1), "The field 'options' has 101 answers; at most 100 are allowed."},
-		"an option too long": {options(1, 1001), "The field 'options' has an answer of 1001 bytes; each must have 1 to 1000."},
-		"an empty option":    {options(1, 0), "The field 'options' has an answer of 0 bytes; each must have 1 to 1000."},
-		"most metadata":      {metadata(64 << 10), ""},
-		"too much metadata":  {metadata(64<<10 + 1), "The field 'metadata' has 65537 bytes; at most 65536 are allowed."},
+		"the deployment's patience":    {orphan(0), ""},
+		"least patience":               {orphan(1000), ""},
+		"most patience":                {orphan(86_400_000), ""},
+		"too little patience":          {orphan(999), "The field 'orphan_after_ms' is 999; 1000 to 86400000 milliseconds are allowed."},
+		"too much patience":            {orphan(86_400_001), "The field 'orphan_after_ms' is 86400001; 1000 to 86400000 milliseconds are allowed."},
+		"a default":                    {answered(at, `"no"`), ""},
+		"a default of the options":     {answered(at, `"no"`, "yes", "no"), ""},
+		"a default beyond the options": {answered(at, `"maybe"`, "yes", "no"), "The field 'default' is none of the answers in 'options'."},
+		"a default that is no string":  {answered(at, `{"yes":1}`, "yes", "no"), ""},
+		"a default that is null":       {answered(at, "null"), ""},
+		"a default that is no JSON":    {answered(at, "no"), "Field 'default' is not valid JSON: at byte 0, a value should begin here."},
+		"the longest default":          {answered(at, text(4096)), ""},
+		"too long a default":           {answered(at, text(4097)), "The field 'default' has 4097 bytes; at most 4096 are allowed."},
+		"a deadline without a default": {answered(at, ""), deadlineAlone},
+		"a default without a deadline": {answered(nil, "1"), deadlineAlone},
+		"a deadline that is no time":   {answered(&timestamppb.Timestamp{Nanos: -1}, "1"), "Field 'deadline' is not a time of the years 1 to 9999."},
+		"most options":                 {options(100, 1000), ""},
+		"too many options":             {options(101, 1), "The field 'options' has 101 answers; at most 100 are allowed."},
+		"an option too long":           {options(1, 1001), "The field 'options' has an answer of 1001 bytes; each must have 1 to 1000."},
+		"an empty option":              {options(1, 0), "The field 'options' has an answer of 0 bytes; each must have 1 to 1000."},
+		"most metadata":                {metadata(64 << 10), ""},
+		"too much metadata":            {metadata(64<<10 + 1), "The field 'metadata' has 65537 bytes; at most 65536 are allowed."},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -330,8 +362,8 @@ func FuzzAcceptAgreesWithValidate(f *testing.F) {
 		}
 	}
 	plain := mustMarshal(f, scanToken("x"))
-	f.Add(mustMarshal(f, unknownFields(scanToken("x"), 27, "a later payload")))
-	f.Add(slices.Concat(plain, []byte{27<<3&0x7f | 0x80, 27 << 3 >> 7, 1})) // the same as a number
+	f.Add(mustMarshal(f, unknownFields(scanToken("x"), 28, "a later payload")))
+	f.Add(slices.Concat(plain, []byte{28<<3&0x7f | 0x80, 28 << 3 >> 7, 1})) // the same as a number
 	f.Add(slices.Concat(plain, []byte{7 << 3, 0}))                          // an answer to nothing
 	f.Add(slices.Concat(plain, []byte{7 << 3, 0x80, 0}))                    // the same, padded
 	f.Fuzz(func(t *testing.T, b []byte) {

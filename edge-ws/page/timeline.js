@@ -149,6 +149,12 @@ export class Timeline {
         say('Error: ' + d.error)
         break
       }
+      case 'work_failed': {
+        const text = `${d.group} gave up #${e.reply_to} after ${d.attempts ?? 0} attempts: ${d.reason}`
+        this.#card(e, 'failed', 'Given up', el('p', { class: 'text' }, text))
+        say(text)
+        break
+      }
       default:
         this.#card(e, 'other', d.type ?? e.type, el('pre', { tabIndex: 0 }, words(d)))
     }

@@ -1,6 +1,7 @@
 package auth
 
 import (
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -47,6 +48,19 @@ func (p *Principal) MayUse(session string) bool {
 		}
 	}
 	return false
+}
+
+// MayUseAll says whether the token gives access to every session that a pattern names: a name, or a prefix that ends in '*'.
+func (p *Principal) MayUseAll(pattern string) bool {
+	prefix, many := strings.CutSuffix(pattern, "*")
+	if !many {
+		return p.MayUse(pattern)
+	}
+	// One entry must do: several prefixes together are never all of a shorter one.
+	return slices.ContainsFunc(p.Sessions, func(s string) bool {
+		own, ok := strings.CutSuffix(s, "*")
+		return ok && strings.HasPrefix(prefix, own)
+	})
 }
 
 // Source is the principal as it stands in the envelopes that the client appends.

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
+	"pgregory.net/rapid"
 
 	"tidemark/internal/auth"
 	"tidemark/schema"
@@ -278,6 +279,50 @@ func TestMayUse(t *testing.T) {
 			t.Errorf("sessions %q, session %q: %v", tt.sessions, tt.session, got)
 		}
 	}
+}
+
+// TestMayUseAll: a pattern is covered where every session that it names is one that the token gives access to.
+func TestMayUseAll(t *testing.T) {
+	for _, tt := range []struct {
+		sessions, pattern string
+		may               bool
+	}{
+		{"*", "*", true},
+		{"*", "a*", true},
+		{"*", "a", true},
+		{"a*", "*", false},
+		{"a*", "a*", true},
+		{"a*", "ab*", true},
+		{"ab*", "a*", false},
+		{"ab*", "ab", true},
+		{"ab", "ab*", false},
+		{"ab", "ab", true},
+		{"x,ab*,y*", "abc*", true},
+		{"a,b*", "a*", false},
+		{"", "*", false},
+		{"", "a", false},
+		{"a**", "a**", true}, // the prefix a*
+		{"a**", "a*", false},
+		{"a*", "a**", true},
+	} {
+		var p auth.Principal
+		if tt.sessions != "" {
+			p.Sessions = strings.Split(tt.sessions, ",")
+		}
+		if got := p.MayUseAll(tt.pattern); got != tt.may {
+			t.Errorf("sessions %q, pattern %q: %v", tt.sessions, tt.pattern, got)
+		}
+	}
+	// Whatever is covered gives nothing that the token does not.
+	rapid.Check(t, func(t *rapid.T) {
+		word := rapid.StringOfN(rapid.SampledFrom([]rune("ab*")), 0, 4, -1)
+		p := auth.Principal{Sessions: rapid.SliceOfN(word, 0, 4).Draw(t, "sessions")}
+		pattern, session := word.Draw(t, "pattern"), word.Draw(t, "session")
+		prefix, many := strings.CutSuffix(pattern, "*")
+		if named := session == pattern || many && strings.HasPrefix(session, prefix); named && p.MayUseAll(pattern) && !p.MayUse(session) {
+			t.Fatalf("%q covers %q, and gives no access to %q", p.Sessions, pattern, session)
+		}
+	})
 }
 
 func FuzzVerify(f *testing.F) {

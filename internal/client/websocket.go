@@ -146,7 +146,8 @@ func (w *wsConn) close() {
 // closedBy is the refusal in a close frame whose reason begins with a code's word, otherwise err.
 func closedBy(err error) error {
 	closed, ok := errors.AsType[websocket.CloseError](err)
-	if !ok {
+	if !ok || closed.Code == websocket.StatusNormalClosure {
+		// A good end has no code, whatever its reason says.
 		return err
 	}
 	word, sentence, _ := strings.Cut(closed.Reason, ":")

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"tidemark/broker"
+	"tidemark/broker/worktest"
 	edgegrpc "tidemark/edge-grpc"
 	edgews "tidemark/edge-ws"
 	"tidemark/internal/auth"
@@ -31,6 +32,7 @@ type world struct {
 	*testing.T
 	scheme string // of the edges: grpc or ws
 	log    *away
+	queue  *worktest.Queue
 	net    *network
 	edges  map[string]*edge
 	// Of the edges to be started.
@@ -70,7 +72,7 @@ func inWorld(t *testing.T, test func(w *world)) {
 	for scheme := range starts {
 		t.Run(scheme, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := &world{T: t, scheme: scheme, log: &away{MemoryLog: broker.NewMemoryLog()}, net: &network{hosts: map[string]*pipeListener{}}, edges: map[string]*edge{}}
+				w := &world{T: t, scheme: scheme, log: &away{MemoryLog: broker.NewMemoryLog()}, queue: new(worktest.Queue), net: &network{hosts: map[string]*pipeListener{}}, edges: map[string]*edge{}}
 				w.start("a:1")
 				test(w)
 				for host := range w.edges {
@@ -99,7 +101,7 @@ func (w *world) verify(ctx context.Context, token string) (*auth.Principal, erro
 // starts has a way to run an edge for each transport: serve blocks until ctx ends or drain was called.
 var starts = map[string]func(w *world, g *gateway.Gateway, l net.Listener) (serve func(context.Context) error, drain func(context.Context) error){
 	"grpc": func(w *world, g *gateway.Gateway, l net.Listener) (func(context.Context) error, func(context.Context) error) {
-		e, err := edgegrpc.New(edgegrpc.Config{Gateway: g, Log: w.log, Verify: w.verify})
+		e, err := edgegrpc.New(edgegrpc.Config{Gateway: g, Log: w.log, Work: w.queue, Runs: w.queue, Verify: w.verify})
 		w.must(err)
 		return func(ctx context.Context) error { return e.Serve(ctx, l) }, func(ctx context.Context) error { return e.Drain(ctx, "test") }
 	},
@@ -122,7 +124,7 @@ var starts = map[string]func(w *world, g *gateway.Gateway, l net.Listener) (serv
 // start runs an edge under this address.
 func (w *world) start(host string) {
 	w.Helper()
-	g, err := gateway.New(gateway.Config{Log: w.log, Verify: w.verify, Limits: w.limits, Metrics: w.metrics})
+	g, err := gateway.New(gateway.Config{Log: w.log, Work: w.queue, Runs: w.queue, Verify: w.verify, Limits: w.limits, Metrics: w.metrics})
 	w.must(err)
 	l := w.net.listen(host)
 	ctx, stop := context.WithCancel(w.Context())

@@ -59,9 +59,8 @@ func (c *conn) attach(m *schema.Attach) error {
 	if channel == 0 && m != c.peer.Follow {
 		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "An attach needs a channel above 0, chosen by the client.")
 	}
-	if old := c.channels[channel]; old != nil && !old.ended.Load() {
-		// An error for this channel would end, in the client's eyes, the attachment that is there.
-		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Channel %d is open already; wait for its detached frame, or choose another.", channel)
+	if c.isOpen(channel) {
+		return alreadyOpen(channel)
 	}
 	a, err := c.newAttachment(m)
 	if err != nil {
@@ -165,13 +164,15 @@ func (a *attachment) leaving() bool { return a.detach.Load() || a.revoked.Load()
 
 // turn puts the attachment into the writer's queue, unless it is there. It is the follower's Wake: called from the tail, it does not block.
 func (a *attachment) turn() {
-	if a.queued.Swap(true) {
-		return
+	if !a.queued.Swap(true) {
+		a.c.enqueue(a)
 	}
-	a.c.mu.Lock()
-	a.c.ready = append(a.c.ready, a)
-	a.c.mu.Unlock()
-	a.c.poke()
+}
+
+// speak gives the attachment its turn.
+func (a *attachment) speak(w *writer) {
+	a.queued.Store(false)
+	w.turn(a)
 }
 
 // done hands the attachment back to the writer, with what its task found.

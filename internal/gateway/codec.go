@@ -1,6 +1,8 @@
 package gateway
 
 import (
+	"time"
+
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -16,6 +18,8 @@ type codec interface {
 	frame(w *writer, f *schema.ServerFrame)
 	// events says what a follower got.
 	events(w *writer, a *attachment, b *broker.Batch)
+	// work hands items out; there is one at least.
+	work(w *writer, s *subscription, items []*broker.Item)
 	// published acknowledges publishes; the run is not empty.
 	published(w *writer, run []*pending)
 	// rejected says that one was not stored.
@@ -66,7 +70,7 @@ func (protoCodec) frame(w *writer, f *schema.ServerFrame) {
 	w.out.end()
 }
 
-// Field numbers of [schema.ServerFrame], [schema.Events], [schema.Published] and [schema.Ack]. TestWireFieldNumbers compares them with the descriptors.
+// Field numbers of [schema.ServerFrame], [schema.Events], [schema.Published], [schema.Ack], [schema.Work], [schema.WorkDelivery] and of a Timestamp. TestWireFieldNumbers compares them with the descriptors.
 const (
 	serverEvents    protowire.Number = 1
 	serverPublished protowire.Number = 2
@@ -85,6 +89,22 @@ const (
 	ackDuplicate protowire.Number = 4
 	ackEpoch     protowire.Number = 5
 	ackReplaced  protowire.Number = 6
+
+	serverWork protowire.Number = 14
+
+	workChannel protowire.Number = 1
+	workItems   protowire.Number = 2
+
+	deliveryID        protowire.Number = 1
+	deliverySession   protowire.Number = 2
+	deliveryEpoch     protowire.Number = 3
+	deliveryAttempt   protowire.Number = 4
+	deliveryDeadline  protowire.Number = 5
+	deliveryEnvelope  protowire.Number = 6
+	deliveryCancelled protowire.Number = 7
+
+	timeSeconds protowire.Number = 1
+	timeNanos   protowire.Number = 2
 )
 
 // events copies the stored envelopes as they are: they are records of field 15 in the log's frames and in Events alike.
@@ -146,6 +166,59 @@ func (p *pending) epochToTell() string {
 	return p.receipt.Epoch
 }
 
+// work copies the stored envelopes as they are.
+func (protoCodec) work(w *writer, s *subscription, items []*broker.Item) {
+	// The body's size is needed before the body: it is written behind what is there, and the header put before it.
+	from := len(w.out.buf)
+	out := appendUint(w.out.buf, workChannel, uint64(s.channel))
+	for _, it := range items {
+		deadline := timeSize(it.Deadline)
+		size := sizeUint(deliveryID, it.ID) + sizeString(deliverySession, it.Session.Name) + sizeString(deliveryEpoch, it.Epoch) + sizeUint(deliveryAttempt, uint64(it.Attempt)) +
+			protowire.SizeTag(deliveryDeadline) + protowire.SizeBytes(deadline) + protowire.SizeTag(deliveryEnvelope) + protowire.SizeBytes(len(it.Envelope))
+		if it.Cancelled {
+			size += sizeUint(deliveryCancelled, 1)
+		}
+		out = protowire.AppendTag(out, workItems, protowire.BytesType)
+		out = protowire.AppendVarint(out, uint64(size))
+		out = appendUint(out, deliveryID, it.ID)
+		out = appendString(out, deliverySession, it.Session.Name)
+		out = appendString(out, deliveryEpoch, it.Epoch)
+		out = appendUint(out, deliveryAttempt, uint64(it.Attempt))
+		out = protowire.AppendTag(out, deliveryDeadline, protowire.BytesType)
+		out = protowire.AppendVarint(out, uint64(deadline))
+		out = appendTime(out, it.Deadline)
+		out = protowire.AppendTag(out, deliveryEnvelope, protowire.BytesType)
+		out = protowire.AppendBytes(out, it.Envelope)
+		if it.Cancelled {
+			out = appendUint(out, deliveryCancelled, 1)
+		}
+	}
+	w.out.buf = withHeader(out, from, serverWork)
+	w.out.end()
+}
+
+// timeSize is how many bytes appendTime appends.
+func timeSize(t time.Time) int {
+	return sizeUint(timeSeconds, uint64(t.Unix())) + sizeUint(timeNanos, uint64(t.Nanosecond()))
+}
+
+// appendTime appends the body of a Timestamp.
+func appendTime(b []byte, t time.Time) []byte {
+	return appendUint(appendUint(b, timeSeconds, uint64(t.Unix())), timeNanos, uint64(t.Nanosecond()))
+}
+
+// withHeader puts the header of a frame before its body, which begins at from.
+func withHeader(out []byte, from int, frame protowire.Number) []byte {
+	body := len(out) - from
+	var room [2 + 10]byte
+	header := protowire.AppendTag(room[:0], frame, protowire.BytesType)
+	header = protowire.AppendVarint(header, uint64(body))
+	out = append(out, header...)
+	copy(out[from+len(header):], out[from:from+body])
+	copy(out[from:], header)
+	return out
+}
+
 func (protoCodec) published(w *writer, run []*pending) {
 	// The body's size is needed before the body: it is written behind what is there, and the header put before it.
 	from := len(w.out.buf)
@@ -173,14 +246,7 @@ func (protoCodec) published(w *writer, run []*pending) {
 			out = appendUint(out, ackReplaced, 1)
 		}
 	}
-	body := len(out) - from
-	var room [1 + 10]byte
-	header := protowire.AppendTag(room[:0], serverPublished, protowire.BytesType)
-	header = protowire.AppendVarint(header, uint64(body))
-	out = append(out, header...)
-	copy(out[from+len(header):], out[from:from+body])
-	copy(out[from:], header)
-	w.out.buf = out
+	w.out.buf = withHeader(out, from, serverPublished)
 	w.out.end()
 }
 

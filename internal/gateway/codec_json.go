@@ -6,6 +6,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"tidemark/broker"
 	"tidemark/schema"
@@ -120,6 +121,16 @@ func decoded(raw []byte) *schema.Envelope {
 		e = &schema.Envelope{Seq: s.Seq, Payload: &schema.Envelope_System{System: &schema.System{Message: "This envelope cannot be read: its stored bytes are damaged."}}}
 	}
 	return e
+}
+
+func (p protoJSONCodec) work(w *writer, s *subscription, items []*broker.Item) {
+	m := &schema.Work{Channel: s.channel, Items: make([]*schema.WorkDelivery, 0, len(items))}
+	for _, it := range items {
+		m.Items = append(m.Items, &schema.WorkDelivery{
+			WorkId: it.ID, Session: it.Session.Name, Epoch: it.Epoch, Attempt: uint32(it.Attempt), Deadline: timestamppb.New(it.Deadline), Envelope: decoded(it.Envelope), Cancelled: it.Cancelled,
+		})
+	}
+	p.frame(w, &schema.ServerFrame{Frame: &schema.ServerFrame_Work{Work: m}})
 }
 
 func (p protoJSONCodec) published(w *writer, run []*pending) {

@@ -19,12 +19,17 @@ import (
 //	{"type":"refreshed","timestamp":"…","data":{"expires":"…"}}
 //	{"type":"error","timestamp":"…","data":{"error":"…","details":"…","code":"…"}}
 //
-// And so has the one that a client sends: {"type":"refresh","data":{"token":"…"}}.
+// And so have those that a client sends: {"type":"refresh","data":{"token":"…"}}, and what workers say; see parseControl.
 type sessionCodec struct{}
 
 func (sessionCodec) receive(c *conn, msg []byte) error {
 	e, err := schema.ParseJSON(msg)
 	if schema.CodeOf(err) == schema.Code_CODE_UNKNOWN_TYPE {
+		if f, is, wrong := parseControl(msg); wrong != nil {
+			return wrong
+		} else if is {
+			return c.receive(f, len(msg))
+		}
 		if token, is, wrong := parseRefresh(msg); wrong != nil {
 			return wrong
 		} else if is {
@@ -63,6 +68,7 @@ func (c *conn) sessionEnvelope(p *pending, e *schema.Envelope) error {
 		return err
 	}
 	p.one[0] = a
+	p.noteRun(&a)
 	return c.aim(p, nil, 0)
 }
 
@@ -184,6 +190,8 @@ type (
 		Code    string `json:"code"`
 		// ID is the envelope's that was not stored.
 		ID string `json:"id,omitempty"`
+		// Channel is the subscription's that ends.
+		Channel uint32 `json:"channel,omitempty"`
 		// Retryable: the same, sent again on this connection or the next, may be taken.
 		Retryable bool    `json:"retryable,omitempty"`
 		Expected  *uint64 `json:"expected,omitempty"`
@@ -222,8 +230,10 @@ func (sessionCodec) frame(w *writer, f *schema.ServerFrame) {
 	case *schema.ServerFrame_Error:
 		e := m.Error
 		appendData(w, "error", sessionError{
-			Error: title(e.GetCode()), Details: e.GetMessage(), Code: e.GetCode().Word(), Retryable: e.GetCode().Rule().Retryable, HeadSeq: e.HeadSeq,
+			Error: title(e.GetCode()), Details: e.GetMessage(), Code: e.GetCode().Word(), Retryable: e.GetCode().Rule().Retryable, HeadSeq: e.HeadSeq, Channel: e.GetChannel(),
 		})
+	case *schema.ServerFrame_WorkSubscribed, *schema.ServerFrame_WorkUnsubscribed, *schema.ServerFrame_WorkCancelled, *schema.ServerFrame_WorkRefused, *schema.ServerFrame_Heard:
+		appendWork(w, f)
 	default:
 		// The session socket has no welcome, pong, detached and caught_up.
 	}

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"tidemark/broker"
 	"tidemark/schema"
@@ -45,6 +46,18 @@ func TestWireFieldNumbers(t *testing.T) {
 		{&schema.Ack{}, "duplicate", ackDuplicate},
 		{&schema.Ack{}, "epoch", ackEpoch},
 		{&schema.Ack{}, "replaced", ackReplaced},
+		{&schema.ServerFrame{}, "work", serverWork},
+		{&schema.Work{}, "channel", workChannel},
+		{&schema.Work{}, "items", workItems},
+		{&schema.WorkDelivery{}, "work_id", deliveryID},
+		{&schema.WorkDelivery{}, "session", deliverySession},
+		{&schema.WorkDelivery{}, "epoch", deliveryEpoch},
+		{&schema.WorkDelivery{}, "attempt", deliveryAttempt},
+		{&schema.WorkDelivery{}, "deadline", deliveryDeadline},
+		{&schema.WorkDelivery{}, "envelope", deliveryEnvelope},
+		{&schema.WorkDelivery{}, "cancelled", deliveryCancelled},
+		{&timestamppb.Timestamp{}, "seconds", timeSeconds},
+		{&timestamppb.Timestamp{}, "nanos", timeNanos},
 	} {
 		d := c.m.ProtoReflect().Descriptor()
 		if f := d.Fields().ByName(c.name); f == nil || f.Number() != c.num {

@@ -57,22 +57,25 @@ type conn struct {
 	greeted   bool          // the first frame has come
 	closing   bool          // the peer closes, and reads until it is answered
 	targets   map[string]*target
-	channels  map[uint32]*attachment // those that ended are taken out when their number is wanted again
-	opening   chan struct{}          // of capacity maxOpening, made when it is needed
-	request   publishRequest         // its slices are used again
+	channels  map[uint32]*attachment   // those that ended are taken out when their number is wanted again
+	workers   map[uint32]*subscription // likewise; they share the numbers with channels
+	opening   chan struct{}            // of capacity maxOpening, made when it is needed
+	request   publishRequest           // its slices are used again
 
 	// Shared.
 	inFlight, inFlightBytes atomic.Int64 // publishes read and not yet answered on the wire
 	attached                atomic.Int64 // attachments that have not ended
 	stopped                 atomic.Bool  // end is set: nothing more is read
+	leaving                 atomic.Bool  // the edge goes away: no more work is handed out
 	told                    atomic.Bool  // the peer was told where the session stands that the connection was made for
 
 	placed places
+	kept   keptRuns
 
 	mu         sync.Mutex // guards all below
 	replies    []*schema.ServerFrame
 	answered   []*pending
-	ready      []*attachment // each at most once; see attachment.queued
+	ready      []speaker // each at most once
 	end        *ending
 	halfClosed bool // the peer will send no more, but reads
 }
@@ -164,6 +167,13 @@ func (c *conn) run() *ending {
 		}
 		a.close()
 	}
+	for _, s := range c.workers {
+		if !s.ended.Load() {
+			c.g.metrics.subscriptions.Dec()
+		}
+		s.close()
+	}
+	c.kept.end()
 	return c.end
 }
 
@@ -322,8 +332,23 @@ func (c *conn) waitForRoom() bool {
 	}
 }
 
-// goingAway tells the peer that the edge is about to stop.
+// speaker is what takes turns at the writer: an attachment or a subscription.
+type speaker interface {
+	// speak takes it out of the queue and says what it has to say, about as much as one message holds. Called by the writer.
+	speak(w *writer)
+}
+
+// enqueue puts a speaker into the writer's queue. It does not block.
+func (c *conn) enqueue(s speaker) {
+	c.mu.Lock()
+	c.ready = append(c.ready, s)
+	c.mu.Unlock()
+	c.poke()
+}
+
+// goingAway tells the peer that the edge is about to stop. What work it has in hand it may settle; it gets no more.
 func (c *conn) goingAway(reason string, grace time.Duration) {
+	c.leaving.Store(true)
 	c.mu.Lock()
 	c.replies = append(c.replies, &schema.ServerFrame{Frame: &schema.ServerFrame_GoingAway{
 		GoingAway: &schema.GoingAway{Reason: reason, GraceMs: uint32(grace.Milliseconds())},

@@ -173,7 +173,7 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("%v are left", n)
 		}
 		families, err := registry.Gather()
-		if err != nil || len(families) != 11 {
+		if err != nil || len(families) != 13 {
 			t.Errorf("the registry has %d families, %v", len(families), err)
 		}
 	})

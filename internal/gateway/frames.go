@@ -8,10 +8,16 @@ import (
 // receive handles a client's frame. The error ends the connection. Called by the reader; size is the message's, in bytes.
 func (c *conn) receive(f *schema.ClientFrame, size int) error {
 	if hello, ok := f.GetFrame().(*schema.ClientFrame_Hello); ok {
+		if c.peer.Work {
+			return notForWorkers()
+		}
 		return c.hello(hello.Hello)
 	}
 	if err := c.greet(); err != nil {
 		return err
+	}
+	if c.peer.Work && (f.GetAttach() != nil || f.GetDetach() != nil) {
+		return notForWorkers()
 	}
 	switch m := f.GetFrame().(type) {
 	case *schema.ClientFrame_Publish:
@@ -30,10 +36,29 @@ func (c *conn) receive(f *schema.ClientFrame, size int) error {
 			return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The ping carries %d bytes; at most %d are allowed.", n, maxPingBytes)
 		}
 		c.reply(&schema.ServerFrame{Frame: &schema.ServerFrame_Pong{Pong: &schema.Pong{Data: m.Ping.GetData()}}})
+	case *schema.ClientFrame_WorkSubscribe:
+		return c.subscribe(m.WorkSubscribe)
+	case *schema.ClientFrame_WorkUnsubscribe:
+		return c.unsubscribe(m.WorkUnsubscribe.GetChannel())
+	case *schema.ClientFrame_Ack:
+		return c.acked(m.Ack)
+	case *schema.ClientFrame_Nack:
+		c.nacked(m.Nack)
+	case *schema.ClientFrame_InProgress:
+		return c.inProgress(m.InProgress)
+	case *schema.ClientFrame_Term:
+		c.termed(m.Term)
+	case *schema.ClientFrame_Heartbeat:
+		return c.heartbeat(m.Heartbeat)
 	default:
 		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The message holds no frame that this version of the server knows.")
 	}
 	return nil
+}
+
+// notForWorkers refuses what the stream for workers does not carry.
+func notForWorkers() error {
+	return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The stream of the method Work carries neither hello, attach nor detach; follow sessions with the method Follow or Connect.")
 }
 
 // greet is called for every frame but hello: the first of a connection must be one, unless the transport brought a token.

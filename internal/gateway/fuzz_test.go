@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"tidemark/broker"
+	"tidemark/broker/worktest"
 	"tidemark/schema"
 )
 
@@ -48,6 +49,13 @@ func FuzzReceive(f *testing.F) {
 		{Frame: &schema.ClientFrame_Attach{Attach: &schema.Attach{Channel: 1, Session: "s", Types: []string{"token"}, Start: &schema.Attach_Last{Last: 1}}}},
 		{Frame: &schema.ClientFrame_Detach{Detach: &schema.Detach{Channel: 1}}},
 		{Frame: &schema.ClientFrame_Ping{Ping: &schema.Ping{Data: []byte("x")}}},
+		{Frame: &schema.ClientFrame_WorkSubscribe{WorkSubscribe: &schema.WorkSubscribe{Channel: 1, Group: "g", Kinds: []string{"tool_call"}, Sessions: []string{"s*"}, Credit: 7, AckWaitMs: 100, BackoffMs: []uint64{1}}}},
+		{Frame: &schema.ClientFrame_WorkUnsubscribe{WorkUnsubscribe: &schema.WorkUnsubscribe{Channel: 1}}},
+		{Frame: &schema.ClientFrame_Ack{Ack: &schema.WorkAck{WorkIds: []uint64{1, 2}}}},
+		{Frame: &schema.ClientFrame_Nack{Nack: &schema.WorkNack{WorkId: 1, DelayMs: new(uint64(5)), Reason: "r"}}},
+		{Frame: &schema.ClientFrame_InProgress{InProgress: &schema.WorkInProgress{WorkIds: []uint64{1}}}},
+		{Frame: &schema.ClientFrame_Term{Term: &schema.WorkTerm{WorkId: 1, Reason: "r"}}},
+		{Frame: &schema.ClientFrame_Heartbeat{Heartbeat: &schema.Heartbeat{Session: "s", RunId: "r"}}},
 	} {
 		f.Add(byte(Proto), seed(m))
 		text, err := protojson.Marshal(m)
@@ -60,11 +68,13 @@ func FuzzReceive(f *testing.F) {
 	for _, msg := range []string{
 		`{"type":"user_message","data":{"message":"hi"}}`, `{"type":"workflow_progress","data":{"step":"s","message":"m","progress":0.5}}`, `{"type":"user_input","data":{}}`,
 		`{"type":"refresh","data":{"token":"agent:*"}}`, `{"type":"refresh","data":{"token":7}}`, `{"type":"refr\u0065sh","data":null}`,
+		`{"type":"work_subscribe","data":{"channel":1,"group":"g","kinds":["tool_call"],"credit":2}}`, `{"type":"ack","data":{"work_ids":[1]}}`, `{"type":"nack","data":{"work_id":1,"delay_ms":5}}`,
+		`{"type":"heartbeat","data":{}}`, `{"type":"term","data":null}`,
 	} {
 		f.Add(byte(SessionJSON), []byte(msg))
 	}
 	f.Fuzz(func(t *testing.T, protocol byte, msg []byte) {
-		g, err := New(Config{Log: broker.NewMemoryLog(), Verify: verify})
+		g, err := New(Config{Log: broker.NewMemoryLog(), Verify: verify, Work: new(worktest.Queue), Runs: new(worktest.Queue)})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -39,6 +39,9 @@ const (
 type Config struct {
 	// Log is where envelopes go and come from. Required.
 	Log broker.Log
+	// Work is where work comes from, and Runs is told which runs have an agent. Default: Log, where it is such; otherwise there is no work, and runs are not kept.
+	Work broker.Queue
+	Runs broker.RunKeeper
 	// Verify says who the bearer of a token is, for hello and refresh. Required. The error is a [*schema.Refusal]. It may wait, while ctx lasts.
 	Verify func(ctx context.Context, token string) (*auth.Principal, error)
 	// KeysReady is nil while tokens can be verified, otherwise a refusal that says why not; [Gateway.Ready] asks it. Optional: without it, tokens always can.
@@ -73,6 +76,12 @@ type Config struct {
 func (c *Config) validate() error {
 	if c.Log == nil || c.Verify == nil {
 		return errors.New("gateway: Config needs Log and Verify")
+	}
+	if c.Work == nil {
+		c.Work, _ = c.Log.(broker.Queue)
+	}
+	if c.Runs == nil {
+		c.Runs, _ = c.Log.(broker.RunKeeper)
 	}
 	defaultTo(&c.HelloTimeout, DefaultHelloTimeout)
 	defaultTo(&c.WriteTimeout, DefaultWriteTimeout)

@@ -99,6 +99,8 @@ const (
 	LimitInFlight
 	// LimitOrigin: pages that may connect.
 	LimitOrigin
+	// LimitGroups: those that one connection works for.
+	LimitGroups
 )
 
 // limits are the limits as the metric names them, and as whoever is over them is refused.
@@ -113,6 +115,8 @@ var limits = [...]struct { //nolint:gochecknoglobals // a table that nothing wri
 	LimitSessions:        {"sessions", schema.Code_CODE_TOO_MANY_SESSIONS},
 	LimitInFlight:        {"in_flight", schema.Code_CODE_UNSPECIFIED},
 	LimitOrigin:          {"origin", schema.Code_CODE_ORIGIN_NOT_ALLOWED},
+	// It is refused with limit_exceeded, as a connection too many is, and counted where that is said.
+	LimitGroups: {"groups", schema.Code_CODE_UNSPECIFIED},
 }
 
 // String is the limit as the metric names it.

@@ -575,6 +575,7 @@ func TestLimitsInProtocol(t *testing.T) {
 		{fmt.Sprint(l.UserConnections), "too_many_connections", LimitUserConnections.String()},
 		{fmt.Sprint(l.Sessions), "too_many_sessions", LimitSessions.String()},
 		{mib(DefaultMaxInFlightBytes), "", LimitInFlight.String()},
+		{fmt.Sprint(MaxSubscriptions), "limit_exceeded", LimitGroups.String()},
 		{fmt.Sprint(DefaultMaxConnections), "limit_exceeded", LimitConnections.String()},
 		{"the edge's own", "origin_not_allowed", LimitOrigin.String()},
 	}

@@ -24,6 +24,11 @@ type metrics struct {
 	// fetches counts the times that a follower was behind the tail and read the log: the fallback of a slow reader (I8).
 	fetches        prometheus.Counter
 	publishSeconds prometheus.Histogram
+	subscriptions  prometheus.Gauge
+	// items are those handed to workers, by the kind of their envelopes; answers what these said of them.
+	items       *prometheus.CounterVec
+	workAnswers *prometheus.CounterVec
+	answers     map[workAnswer]prometheus.Counter
 }
 
 // newMetrics makes the metrics and registers them, where there is a place to.
@@ -58,6 +63,19 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
 		}),
 	}
+	m.subscriptions = prometheus.NewGauge(prometheus.GaugeOpts{
+		Namespace: "tidemark", Subsystem: "gateway", Name: "subscriptions", Help: "Groups that connections work for.",
+	})
+	m.items = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: "tidemark", Subsystem: "gateway", Name: "work_items_total", Help: "Work items handed to workers, by the type of their envelopes.",
+	}, []string{"type"})
+	m.workAnswers = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: "tidemark", Subsystem: "gateway", Name: "work_answers_total", Help: "Work items that workers have answered, by answer; lost are those that the worker did not hold.",
+	}, []string{"answer"})
+	m.answers = make(map[workAnswer]prometheus.Counter, len(workAnswers))
+	for _, a := range workAnswers {
+		m.answers[a] = m.workAnswers.WithLabelValues(string(a))
+	}
 	for l := range limits {
 		m.limits[l] = m.exceeded.WithLabelValues(Limit(l).String())
 	}
@@ -66,7 +84,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	}
 	var errs []error
 	for _, c := range []prometheus.Collector{
-		m.connections, m.attachments, m.envelopesIn, m.envelopesOut, m.bytesIn, m.bytesOut, m.rejects, m.closes, m.exceeded, m.fetches, m.publishSeconds,
+		m.connections, m.attachments, m.envelopesIn, m.envelopesOut, m.bytesIn, m.bytesOut, m.rejects, m.closes, m.exceeded, m.fetches, m.publishSeconds, m.subscriptions, m.items, m.workAnswers,
 	} {
 		errs = append(errs, r.Register(c))
 	}

@@ -107,7 +107,8 @@ type pending struct {
 	c      *conn
 	target *target // nil where there is no such session to be had
 	id     uint64
-	size   int // bytes, as counted in flight
+	size   int         // bytes, as counted in flight
+	runs   []runChange // what it says of runs; nil for nearly all
 	came   time.Time
 
 	// The answer.
@@ -210,6 +211,7 @@ func (c *conn) publishEncoded(body []byte) error {
 			return nil
 		}
 		p.Envelopes = append(p.Envelopes, a)
+		p.noteRun(&a)
 	}
 	p.Expected = r.expected
 	c.submit(p)
@@ -245,6 +247,7 @@ func (c *conn) publishDecoded(m *schema.Publish, size int) {
 			return
 		}
 		p.Envelopes = append(p.Envelopes, a)
+		p.noteRun(&a)
 	}
 	p.Expected = m.ExpectedSeq
 	c.submit(p)

@@ -68,11 +68,30 @@ var rights = map[schema.Role]right{ //nolint:gochecknoglobals // a table that no
 // Authorize is the one place where rights to sessions are decided: nil, or a refusal with forbidden whose sentence is the same whether the session exists or not (I9). For [List] the session is not
 // looked at; the caller shows only the sessions that [auth.Principal.MayUse] allows.
 func Authorize(p *auth.Principal, v Verb, session string) error {
-	if rights[p.Role].verbs&v == 0 {
-		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "The role %s may not %s; use a token with another role.", auth.RoleWord(p.Role), v)
+	if err := AuthorizeRole(p, v); err != nil {
+		return err
 	}
 	if v != List && !p.MayUse(session) {
 		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "The token gives no access to session %q; use one whose claim 'sessions' names it.", session)
+	}
+	return nil
+}
+
+// AuthorizePattern is [Authorize] for all sessions that a pattern names: a name, or a prefix that ends in '*'. The refusal is forbidden.
+func AuthorizePattern(p *auth.Principal, v Verb, pattern string) error {
+	if err := AuthorizeRole(p, v); err != nil {
+		return err
+	}
+	if !p.MayUseAll(pattern) {
+		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "The token does not give access to all that %q names; use one whose claim 'sessions' does.", pattern)
+	}
+	return nil
+}
+
+// AuthorizeRole decides whether a role may do a thing at all: nil, or a refusal with forbidden. It is enough where no session is named; the caller shows only those that [auth.Principal.MayUse] allows.
+func AuthorizeRole(p *auth.Principal, v Verb) error {
+	if rights[p.Role].verbs&v == 0 {
+		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "The role %s may not %s; use a token with another role.", auth.RoleWord(p.Role), v)
 	}
 	return nil
 }

@@ -29,7 +29,7 @@ func (c *conn) unwatch() {
 }
 
 // refresh puts a new token in the place of the connection's, and answers with refreshed. It must be for the same subject, tenant and role: who was let in stays who that was. Attachments to sessions that it
-// gives no access to end with forbidden. The error ends the connection. Called by the reader.
+// gives no access to, and work for groups that hold such, end with forbidden. The error ends the connection. Called by the reader.
 //
 // It costs as much as an envelope: a signature is checked for it.
 func (c *conn) refresh(token string) error {
@@ -53,7 +53,7 @@ func (c *conn) refresh(token string) error {
 	// Whether the new token gives access is asked anew of every session that is published to.
 	clear(c.targets)
 	// Marked before the answer: behind it nothing more comes of the sessions that end.
-	var revoked []*attachment
+	var revoked []interface{ turn() }
 	for _, a := range c.channels {
 		if a.ended.Load() {
 			continue
@@ -63,9 +63,12 @@ func (c *conn) refresh(token string) error {
 			revoked = append(revoked, a)
 		}
 	}
+	for _, s := range c.mayWork(p) {
+		revoked = append(revoked, s)
+	}
 	c.reply(&schema.ServerFrame{Frame: &schema.ServerFrame_Refreshed{Refreshed: &schema.Refreshed{Expires: expiresOf(p)}}})
-	for _, a := range revoked {
-		a.turn()
+	for _, s := range revoked {
+		s.turn()
 	}
 	return nil
 }

@@ -80,6 +80,8 @@ type Peer struct {
 	Follow *schema.Attach
 	// Session is where publishes go that name neither a session nor a channel; empty where each must name one.
 	Session string
+	// Work: the connection is for workers alone, and carries neither hello, attach nor detach. Its token was brought by the transport.
+	Work bool
 	// Remote is the peer's address, for the log. Optional.
 	Remote string
 }

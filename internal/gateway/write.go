@@ -46,11 +46,14 @@ type writer struct {
 	// round is what was taken from the connection's queues and is not yet done.
 	replies  []*schema.ServerFrame
 	answered []*pending
-	turns    []*attachment
+	turns    []speaker
 
 	// waiting are the attachments that are behind the tail while maxFetching others fetch.
 	waiting  []*attachment
 	fetching int
+
+	// workers are the subscriptions that hold work, or may.
+	workers []*subscription
 
 	// single is the attachment that the connection was made for; nil where there is none, or not yet.
 	single *attachment
@@ -71,6 +74,8 @@ func newWriter(c *conn) *writer { return &writer{c: c} }
 // run writes until the connection is over, and closes the transport.
 func (w *writer) run() {
 	code, message := w.loop()
+	// Others need not wait for the goodbye.
+	w.returnWork()
 	w.release()
 	w.c.peer.Transport.Close(code, message)
 }
@@ -80,6 +85,10 @@ func (w *writer) loop() (schema.Code, string) {
 	c := w.c
 	for {
 		end, halfClosed := w.gather()
+		if end != nil {
+			// Nothing more is read that could settle it.
+			w.returnWork()
+		}
 		if end != nil && end.lost != nil {
 			if end.refusal != nil {
 				return end.refusal.Code, end.refusal.Message
@@ -154,11 +163,10 @@ func (w *writer) compose(serving bool) {
 	w.replies = w.replies[:0]
 	w.answer()
 	for serving && len(w.turns) > 0 && len(w.out.buf) < roundBytes {
-		a := w.turns[0]
+		s := w.turns[0]
 		w.turns[0] = nil
 		w.turns = w.turns[1:]
-		a.queued.Store(false)
-		w.turn(a)
+		s.speak(w)
 	}
 }
 
@@ -182,6 +190,11 @@ func (w *writer) answer() {
 			w.c.codec.rejected(w, p)
 			n = 1
 		} else {
+			for _, p := range w.answered[i : i+n] {
+				if p.runs != nil {
+					w.c.keepRuns(p)
+				}
+			}
 			w.c.codec.published(w, w.answered[i:i+n])
 		}
 		i += n

@@ -92,14 +92,15 @@ func receive(s grpc.ClientStream) (*schema.ServerFrame, error) {
 	return f, nil
 }
 
-// streamWire is the method Connect.
+// streamWire is the method Connect, or Work.
 type streamWire struct {
 	*calls
-	s grpc.ClientStream
+	method string
+	s      grpc.ClientStream
 }
 
 func (s *streamWire) open(ctx context.Context, _ *schema.Attach) (err error) {
-	s.s, err = s.stream(ctx, "Connect", true, true)
+	s.s, err = s.stream(ctx, s.method, true, true)
 	return err
 }
 

@@ -84,7 +84,11 @@ func (s *socket) ending(err error) Ending {
 	}
 	if c, ok := errors.AsType[websocket.CloseError](err); ok {
 		word, text, _ := strings.Cut(c.Reason, ": ")
-		e.Status, e.Code, e.Message = int(c.Code), codeOf(word), text
+		e.Status, e.Message = int(c.Code), text
+		if c.Code != websocket.StatusNormalClosure {
+			// Behind the end of a session the reason is how that ended, and cancelled is a code's word, too.
+			e.Code = codeOf(word)
+		}
 	}
 	return e
 }
@@ -143,6 +147,7 @@ func (s *socketWire) receive() ([]*schema.ServerFrame, error) {
 // sessionWire is /ws. What it says is put into the words of the multiplexed connection.
 type sessionWire struct {
 	*socket
+	session   string
 	channel   uint32
 	attached  bool
 	epoch     string // to be told with the first events
@@ -167,12 +172,15 @@ func (s *sessionWire) open(ctx context.Context, first *schema.Attach) error {
 	if first.GetEpoch() != "" {
 		q.Set("epoch", first.GetEpoch())
 	}
-	s.channel = first.GetChannel()
+	s.session, s.channel = first.GetSession(), first.GetChannel()
 	s.lock = make(chan struct{}, 1)
 	return s.dial(ctx, "ws://edge/ws?"+q.Encode())
 }
 
 func (s *sessionWire) send(f *schema.ClientFrame) error {
+	if b, is := workControl(f); is {
+		return s.raw(b)
+	}
 	p := f.GetPublish()
 	if p == nil || len(p.GetEnvelopes()) != 1 || p.ExpectedSeq != nil {
 		return errNotThisWay
@@ -235,9 +243,16 @@ func (s *sessionWire) control(kind string, data []byte) (*schema.ServerFrame, er
 		Seq                                                         uint64
 		Duplicate, Retryable                                        bool
 		Expected                                                    *uint64
+		Channel                                                     uint32
 	}
 	if err := json.Unmarshal(data, &d); err != nil {
 		return nil, err
+	}
+	if f, is, err := workFrame(kind, data); is {
+		for _, it := range f.GetWork().GetItems() {
+			it.Session = s.session
+		}
+		return f, err
 	}
 	switch kind {
 	case "attached":
@@ -258,7 +273,7 @@ func (s *sessionWire) control(kind string, data []byte) (*schema.ServerFrame, er
 				PublishId: s.idOf(d.ID), Code: codeOf(d.Code), Message: d.Details, Retryable: d.Retryable, Expected: d.Expected,
 			}}}, nil
 		}
-		return &schema.ServerFrame{Frame: &schema.ServerFrame_Error{Error: &schema.ErrorFrame{Code: codeOf(d.Code), Message: d.Details}}}, nil
+		return &schema.ServerFrame{Frame: &schema.ServerFrame_Error{Error: &schema.ErrorFrame{Code: codeOf(d.Code), Message: d.Details, Channel: d.Channel}}}, nil
 	default:
 		return nil, errors.New("a control frame of an unknown type")
 	}

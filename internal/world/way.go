@@ -26,13 +26,18 @@ const (
 	GRPC
 	// Calls are the gRPC methods Follow, for attach, and AppendStream, for publish. It follows one session.
 	Calls
+	// WorkStream is the gRPC method Work, for workers alone: it has neither hello, attach nor detach, so it is not among Ways.
+	WorkStream
 )
 
 // Ways are all of them.
 func Ways() []Way { return []Way{ProtoSocket, JSONSocket, SessionSocket, GRPC, Calls} }
 
+// WorkWays are those on which workers work. A session socket works for its session alone.
+func WorkWays() []Way { return []Way{ProtoSocket, JSONSocket, SessionSocket, GRPC, WorkStream} }
+
 func (y Way) String() string {
-	return [...]string{"proto", "json", "session", "grpc", "calls"}[y]
+	return [...]string{"proto", "json", "session", "grpc", "calls", "work"}[y]
 }
 
 // Single says that a connection of this way follows one session.
@@ -109,7 +114,10 @@ func (w *World) wireTo(e *Edge, way Way, d Dial) wire {
 		return &sessionWire{socket: newSocket(p, token), published: make(map[string]uint64)}
 	case GRPC:
 		p.addr = e.Name + ".grpc"
-		return &streamWire{calls: newCalls(p, token)}
+		return &streamWire{calls: newCalls(p, token), method: "Connect"}
+	case WorkStream:
+		p.addr = e.Name + ".grpc"
+		return &streamWire{calls: newCalls(p, token), method: "Work"}
 	case Calls:
 		p.addr = e.Name + ".grpc"
 		return newCallsWire(newCalls(p, token))

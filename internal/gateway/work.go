@@ -1,0 +1,400 @@
+package gateway
+
+import (
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"tidemark/broker"
+	"tidemark/internal/auth"
+	"tidemark/schema"
+)
+
+// MaxSubscriptions bounds the groups that one connection works for at once: each is a consumer of the log's, on this edge.
+const MaxSubscriptions = 16
+
+// subscription is a connection's part in a group of workers: it hands out what the group gives this connection. It is to work what an attachment is to events.
+//
+//	joining ──> working ──> ended
+//	   └───────────────────────┘
+type subscription struct {
+	// Static after construction.
+	c       *conn
+	channel uint32
+	options broker.WorkOptions
+
+	queued atomic.Bool // it is in conn.ready
+	leave  atomic.Bool // the peer wants no more; set by the reader
+	// revoked is why the peer may work no longer; set by the reader.
+	revoked atomic.Pointer[schema.Refusal]
+	ended   atomic.Bool // its last frame is written, or about to be; set by the writer
+	back    atomic.Bool // the group was joined, or was not; set by the task, taken by the writer
+	// who is the peer, by its newest token; set by the reader, read wherever the group asks.
+	who atomic.Pointer[auth.Principal]
+	// group is nil before the group was joined; set by the writer, and from then on the reader may use taker.
+	group atomic.Pointer[schema.WorkGroup]
+
+	// Set by the task that joins, before back.
+	taker broker.Taker
+	err   error
+
+	// Owned by the writer.
+	joined bool // it has taken what the task found
+	// gone is what was cancelled and not told yet.
+	gone []broker.Cancellation
+}
+
+// subscribe handles a [schema.WorkSubscribe]. The error ends the connection. Called by the reader.
+func (c *conn) subscribe(m *schema.WorkSubscribe) error {
+	channel := m.GetChannel()
+	if channel == 0 {
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "A work_subscribe needs a channel above 0, chosen by the client.")
+	}
+	if c.isOpen(channel) {
+		return alreadyOpen(channel)
+	}
+	if n := c.working(); n >= MaxSubscriptions {
+		c.g.exceeded(LimitGroups)
+		c.reply(errorFrame(schema.Refuse(schema.Code_CODE_LIMIT_EXCEEDED, "The connection works for %d groups; at most %d are allowed. Unsubscribe from some, or open another.", n, MaxSubscriptions), channel))
+		return nil
+	}
+	s, err := c.newSubscription(m)
+	if err != nil {
+		r := schema.AsRefusal(err)
+		c.g.Refused(r.Code)
+		c.reply(errorFrame(r, channel))
+		return nil
+	}
+	if c.workers == nil {
+		c.workers = make(map[uint32]*subscription, 1)
+	}
+	c.workers[channel] = s
+	c.g.metrics.subscriptions.Inc()
+	tenant := c.principal.Tenant
+	c.tasks.Go(func() {
+		s.taker, s.err = c.g.cfg.Work.Join(c.ctx, tenant, s.options)
+		s.back.Store(true)
+		s.turn()
+	})
+	return nil
+}
+
+// working is for how many groups the connection works; those that ended are forgotten. Called by the reader.
+func (c *conn) working() int {
+	for channel, s := range c.workers {
+		if s.ended.Load() {
+			delete(c.workers, channel)
+		}
+	}
+	return len(c.workers)
+}
+
+// isOpen says whether an attachment or a subscription has this number. Called by the reader.
+func (c *conn) isOpen(channel uint32) bool {
+	if a := c.channels[channel]; a != nil && !a.ended.Load() {
+		return true
+	}
+	s := c.workers[channel]
+	return s != nil && !s.ended.Load()
+}
+
+// alreadyOpen ends the connection: an error for the channel would end, in the client's eyes, what is there.
+func alreadyOpen(channel uint32) error {
+	return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Channel %d is open already; wait for its last frame, or choose another.", channel)
+}
+
+// newSubscription checks what was asked for.
+func (c *conn) newSubscription(m *schema.WorkSubscribe) (*subscription, error) {
+	if c.g.cfg.Work == nil {
+		return nil, schema.Refuse(schema.Code_CODE_UNSUPPORTED_PROTOCOL, "This edge hands out no work; subscribe at another.")
+	}
+	if c.leaving.Load() {
+		return nil, schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge is going away; subscribe to group %q at another.", m.GetGroup())
+	}
+	if err := c.spend(1, time.Now()); err != nil {
+		return nil, err
+	}
+	if err := AuthorizeRole(c.principal, Work); err != nil {
+		return nil, err
+	}
+	s := &subscription{c: c, channel: m.GetChannel()}
+	s.who.Store(c.principal)
+	if err := s.settings(m); err != nil {
+		return nil, err
+	}
+	s.options.Wake = s.turn
+	s.options.May = func(pattern string) error { return AuthorizePattern(s.who.Load(), Work, pattern) }
+	return s, nil
+}
+
+// settings checks the group's settings and takes them over; each is left out where the client leaves it out.
+func (s *subscription) settings(m *schema.WorkSubscribe) error {
+	if err := CheckGroup(m.GetGroup()); err != nil {
+		return err
+	}
+	wrong := func(format string, args ...any) error {
+		args = append([]any{m.GetGroup()}, args...)
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The work_subscribe to group %q "+format, args...)
+	}
+	o := &s.options
+	o.Group, o.Credit, o.MaxDeliver, o.Ordered, o.FromNow = m.GetGroup(), max(int(m.GetCredit()), 1), int(m.GetMaxDeliver()), m.GetOrdered(), m.GetFromNow()
+	switch ms := m.GetAckWaitMs(); {
+	case m.GetCredit() > schema.MaxWorkCredit:
+		return wrong("has the credit %d; at most %d are allowed.", m.GetCredit(), schema.MaxWorkCredit)
+	case ms != 0 && (ms < schema.MinAckWaitMs || ms > schema.MaxAckWaitMs):
+		return wrong("has the ack_wait_ms %d; %d to %d milliseconds are allowed.", ms, schema.MinAckWaitMs, schema.MaxAckWaitMs)
+	case m.GetMaxDeliver() > schema.MaxDeliveries:
+		return wrong("has the max_deliver %d; at most %d are allowed.", m.GetMaxDeliver(), schema.MaxDeliveries)
+	case len(m.GetBackoffMs()) > schema.MaxBackoffs:
+		return wrong("names %d rests in backoff_ms; at most %d are allowed.", len(m.GetBackoffMs()), schema.MaxBackoffs)
+	case len(m.GetSessions()) > schema.MaxWorkSessions:
+		return wrong("names %d sessions; at most %d are allowed. Use a prefix that ends in '*'.", len(m.GetSessions()), schema.MaxWorkSessions)
+	default:
+		o.AckWait = time.Duration(ms) * time.Millisecond
+	}
+	for _, ms := range m.GetBackoffMs() {
+		if ms > schema.MaxBackoffMs {
+			return wrong("has a rest of %d milliseconds in backoff_ms; at most %d are allowed.", ms, schema.MaxBackoffMs)
+		}
+		o.Backoff = append(o.Backoff, time.Duration(ms)*time.Millisecond)
+	}
+	for _, word := range m.GetKinds() {
+		k, err := schema.ParseType(word)
+		if err != nil {
+			return err
+		}
+		if !schema.IsWork(k) {
+			return wrong("wants '%s', which makes no work; tool_call, start_run, user_message, user_input and cancel do.", k)
+		}
+		if !slices.Contains(o.Kinds, k) {
+			o.Kinds = append(o.Kinds, k)
+		}
+	}
+	return s.filter(m.GetSessions())
+}
+
+// filter takes the sessions that the group is to hold. A session socket works for its own.
+func (s *subscription) filter(sessions []string) error {
+	c := s.c
+	if own := c.peer.Session; own != "" {
+		if len(sessions) > 1 || len(sessions) == 1 && sessions[0] != own {
+			return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The session socket of session %q works for that session alone; leave 'sessions' out.", own)
+		}
+		// Its name could end in *, as a prefix does: what the token says of that counts then.
+		sessions = []string{own}
+	}
+	for _, pattern := range sessions {
+		if _, err := schema.ParseSessionID(c.principal.Tenant, pattern); err != nil {
+			return err
+		}
+		if err := AuthorizePattern(c.principal, Work, pattern); err != nil {
+			return err
+		}
+		if !slices.Contains(s.options.Sessions, pattern) {
+			s.options.Sessions = append(s.options.Sessions, pattern)
+		}
+	}
+	return nil
+}
+
+// CheckGroup says what is wrong with a group's name: invalid_message.
+func CheckGroup(name string) error {
+	switch {
+	case name == "":
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The group's name is empty; it must have 1 to %d bytes.", schema.MaxGroupBytes)
+	case len(name) > schema.MaxGroupBytes:
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The group's name has %d bytes; at most %d are allowed.", len(name), schema.MaxGroupBytes)
+	}
+	return nil
+}
+
+// unsubscribe handles a [schema.WorkUnsubscribe]. The error ends the connection. Called by the reader.
+func (c *conn) unsubscribe(channel uint32) error {
+	if channel == 0 {
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "A work_unsubscribe needs the channel of a subscription.")
+	}
+	s := c.workers[channel]
+	if s == nil || s.ended.Load() {
+		// As for attachments: it ended by itself meanwhile, and nobody shall wait.
+		c.reply(unsubscribedFrame(channel))
+		return nil
+	}
+	s.leave.Store(true)
+	s.turn()
+	return nil
+}
+
+// mayWork asks anew whether the peer may work for its groups, when it has a new token. It returns the subscriptions that end, marked, so that nothing more is handed to them. Called by the reader.
+func (c *conn) mayWork(p *auth.Principal) []*subscription {
+	var revoked []*subscription
+	for _, s := range c.workers {
+		if s.ended.Load() {
+			continue
+		}
+		// Before the group is looked at: of this and the writer, that sets the group and then looks at who, one sees the other's.
+		s.who.Store(p)
+		if err := s.mayWork(); err != nil {
+			s.revoked.Store(schema.AsRefusal(err))
+			revoked = append(revoked, s)
+		}
+	}
+	return revoked
+}
+
+// mayWork says why the peer may not work for the group, with all the sessions that it may hold; nil before it was joined.
+func (s *subscription) mayWork() error {
+	who, g := s.who.Load(), s.group.Load()
+	if g == nil {
+		return nil
+	}
+	if len(g.GetSessions()) == 0 {
+		return AuthorizePattern(who, Work, "*")
+	}
+	for _, pattern := range g.GetSessions() {
+		if err := AuthorizePattern(who, Work, pattern); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// turn puts the subscription into the writer's queue, unless it is there. It is the worker's Wake: it does not block.
+func (s *subscription) turn() {
+	if !s.queued.Swap(true) {
+		s.c.enqueue(s)
+	}
+}
+
+// speak gives the subscription its turn: it hands out what the group gave, about as much as one message holds. Called by the writer.
+func (s *subscription) speak(w *writer) {
+	s.queued.Store(false)
+	if !s.joined {
+		if !s.back.Load() {
+			return
+		}
+		s.joined = true
+		w.joined(s)
+	}
+	switch {
+	case s.ended.Load():
+	case s.leave.Load():
+		w.worked(s, nil)
+	case s.revoked.Load() != nil:
+		w.worked(s, s.revoked.Load())
+	default:
+		w.handOut(s)
+	}
+}
+
+// joined tells of the group that was joined.
+func (w *writer) joined(s *subscription) {
+	if s.err != nil {
+		w.worked(s, s.err)
+		return
+	}
+	w.workers = append(w.workers, s)
+	g := s.taker.Group()
+	s.group.Store(g)
+	if err := s.mayWork(); err != nil {
+		// The token that gave the right was replaced meanwhile.
+		w.worked(s, err)
+		return
+	}
+	if !s.leave.Load() && s.revoked.Load() == nil {
+		w.c.codec.frame(w, &schema.ServerFrame{Frame: &schema.ServerFrame_WorkSubscribed{WorkSubscribed: &schema.WorkSubscribed{Channel: s.channel, Group: g}}})
+	}
+}
+
+// handOut writes the items that the worker holds and the peer has not, and what was cancelled of those that it has. An edge that goes away hands out nothing new.
+func (w *writer) handOut(s *subscription) {
+	// Asked before, told behind: what was cancelled may be an item that the peer has not got yet.
+	s.gone = append(s.gone, s.taker.Cancellations()...)
+	var items []*broker.Item
+	var over error
+	more := false
+	for size := 0; !w.c.leaving.Load(); {
+		if more = size >= roundBytes; more {
+			s.turn()
+			break
+		}
+		got, err := s.taker.Take(1)
+		if over = err; err != nil || len(got) == 0 {
+			break
+		}
+		it := got[0]
+		if over = s.mayHave(it); over != nil {
+			// It goes back to the group with all the others.
+			break
+		}
+		items = append(items, it)
+		size += len(it.Envelope)
+		w.c.g.metrics.items.WithLabelValues(it.Kind.String()).Inc()
+		if it.Kind == schema.KindStartRun {
+			w.c.holdRun(s, it)
+		}
+	}
+	if len(items) > 0 {
+		w.c.codec.work(w, s, items)
+	}
+	if !more {
+		for _, gone := range s.gone {
+			w.c.codec.frame(w, &schema.ServerFrame{Frame: &schema.ServerFrame_WorkCancelled{
+				WorkCancelled: &schema.WorkCancelled{Channel: s.channel, WorkId: gone.ID, Seq: gone.Seq, Reason: gone.Reason},
+			}})
+		}
+		s.gone = nil
+	}
+	if over != nil {
+		w.worked(s, over)
+	}
+}
+
+// mayHave says why the peer may not have an item: a group's filter may have grown since it joined, and rights are not the group's to give (I9).
+func (s *subscription) mayHave(it *broker.Item) error {
+	who := s.who.Load()
+	if it.Session.Tenant != who.Tenant {
+		return schema.Refuse(schema.Code_CODE_INTERNAL, "The group handed out an item of another tenant.")
+	}
+	if Authorize(who, Work, it.Session.Name) != nil {
+		// Which session that is, the peer is not to know.
+		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "Group %q holds work of sessions that the token gives no access to, by now; use one whose claim 'sessions' names all of them.", s.options.Group)
+	}
+	return nil
+}
+
+// worked writes the subscription's last frame: that the peer has ended it, or why it ends. What is in hand goes back to the group.
+func (w *writer) worked(s *subscription, err error) {
+	if s.ended.Swap(true) {
+		return
+	}
+	s.close()
+	w.workers = slices.DeleteFunc(w.workers, func(of *subscription) bool { return of == s })
+	w.c.g.metrics.subscriptions.Dec()
+	if err == nil {
+		w.c.codec.frame(w, unsubscribedFrame(s.channel))
+		return
+	}
+	r := schema.AsRefusal(err)
+	w.c.g.Refused(r.Code)
+	w.c.codec.frame(w, errorFrame(r, s.channel))
+}
+
+// returnWork gives all items back, at once: their connection ends, and nothing more is said of them.
+func (w *writer) returnWork() {
+	for _, s := range w.workers {
+		s.close()
+	}
+	w.workers = nil
+}
+
+// close ends the worker. Called by the writer, or when both it and the tasks have ended.
+func (s *subscription) close() {
+	if s.taker != nil {
+		s.taker.Close()
+		s.c.letRunsOf(s)
+	}
+}
+
+func unsubscribedFrame(channel uint32) *schema.ServerFrame {
+	return &schema.ServerFrame{Frame: &schema.ServerFrame_WorkUnsubscribed{WorkUnsubscribed: &schema.WorkUnsubscribed{Channel: channel}}}
+}
