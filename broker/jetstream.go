@@ -80,6 +80,7 @@ type JetStreamLog struct {
 	closing   chan struct{} // closed by Close: what waits to be stored waits no longer
 	reader    *reader       // set with layout
 	presence  *presence
+	tails     *tailMetrics
 
 	mu        sync.Mutex
 	appenders map[schema.SessionID]*appender
@@ -115,7 +116,7 @@ func Open(cfg Config) (*JetStreamLog, error) {
 		cfg: cfg, edge: cfg.Edge, logger: cfg.Logger, metrics: newMetrics(cfg.Metrics), conn: conn, reads: reads, js: js,
 		queued: semaphore.NewWeighted(cfg.QueueBytes), handOvers: make(chan struct{}, maxHandOvers), closing: make(chan struct{}), appenders: make(map[schema.SessionID]*appender),
 	}
-	l.presence = newPresence(l)
+	l.presence, l.tails = newPresence(l), newTailMetrics(cfg.Metrics)
 	l.storing, l.stop = context.WithCancel(context.Background()) //nolint:forbidigo // the log's own lifetime, ended by Close
 	return l, nil
 }
