@@ -30,7 +30,7 @@ func (e *Edge) description() *grpc.ServiceDesc {
 			createSession.native(e), getSession.native(e), listSessions.native(e), deleteSession.native(e), appendOnce.native(e),
 		},
 		Streams: []grpc.StreamDesc{
-			appendStream.native(e), follow.native(e), connection.native(e),
+			appendStream.native(e), follow.native(e), connection.native(e), tail.native(e),
 		},
 	}
 }
@@ -99,7 +99,7 @@ func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
 	e.streams.Go(func() {
 		ctx, stop := whilePeer(gs.Context())
 		defer stop()
-		_ = e.cfg.Gateway.Serve(ctx, gp)
+		s.run(ctx, e, gp)
 	})
 	<-t.closed
 	return t.failure

@@ -38,6 +38,7 @@ func (e *Edge) webHandler() http.Handler {
 	mount(appendStream.web(e))
 	mount(follow.web(e))
 	mount(connection.web(e))
+	mount(tail.web(e))
 	e.health.mount(mux)
 	reflector := grpcreflect.NewStaticReflector(schemaconnect.SessionServiceName, healthService)
 	for _, mount := range []func(*grpcreflect.Reflector, ...connect.HandlerOption) (string, http.Handler){grpcreflect.NewHandlerV1, grpcreflect.NewHandlerV1Alpha} {
@@ -107,7 +108,7 @@ func (s stream) serveWeb(e *Edge, ctx context.Context, c connect.StreamingHandle
 			return err
 		}
 		serving, stop := whilePeer(ctx)
-		_ = e.cfg.Gateway.Serve(serving, gp)
+		s.run(serving, e, gp)
 		stop()
 		if t.failure == nil {
 			e.metrics.calls.WithLabelValues(s.method, c.Peer().Protocol, "ok").Inc()

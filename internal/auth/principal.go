@@ -49,6 +49,20 @@ func (p *Principal) MayUse(session string) bool {
 	return false
 }
 
+// Covers says whether the token gives access to every session that a pattern stands for: a name, a prefix that ends in '*', or "*" for all of the tenant.
+func (p *Principal) Covers(pattern string) bool {
+	prefix, many := strings.CutSuffix(pattern, "*")
+	if !many {
+		return p.MayUse(pattern)
+	}
+	for _, s := range p.Sessions {
+		if own, ok := strings.CutSuffix(s, "*"); ok && strings.HasPrefix(prefix, own) {
+			return true
+		}
+	}
+	return false
+}
+
 // Source is the principal as it stands in the envelopes that the client appends.
 func (p *Principal) Source() *schema.Source {
 	return &schema.Source{Subject: p.Subject, Role: p.Role}
