@@ -36,13 +36,13 @@ func (e *Edge) serveTail(peer context.Context, p gateway.Peer) {
 		})
 		defer expiry.Stop()
 	}
-	requests := make(chan *schema.TailRequest)
-	running.Go(func() { end(receiveTail(ctx, p, requests)) })
-	member, err := e.openTail(ctx, p, requests)
+	opens, members := make(chan *schema.TailOpen), make(chan *broker.TailMember, 1)
+	running.Go(func() { end(receiveTail(ctx, p, opens, members)) })
+	member, err := e.openTail(ctx, p, opens)
 	if err != nil {
 		end(err)
 	} else {
-		running.Go(func() { end(acknowledge(ctx, member, requests)) })
+		members <- member
 		running.Go(func() { end(sendTail(ctx, end, p, member)) })
 	}
 	<-ctx.Done()
@@ -50,8 +50,7 @@ func (e *Edge) serveTail(peer context.Context, p gateway.Peer) {
 		member.Close()
 		<-e.tails
 	}
-	code, text := farewellTo(ctx)
-	p.Transport.Close(code, text)
+	p.Transport.Close(farewellTo(ctx))
 	running.Wait()
 }
 
@@ -69,18 +68,18 @@ func farewellTo(ctx context.Context) (schema.Code, string) {
 }
 
 // openTail waits for the first message and makes a member as it says. With the member comes a token in e.tails, which the caller takes out again.
-func (e *Edge) openTail(ctx context.Context, p gateway.Peer, requests <-chan *schema.TailRequest) (*broker.TailMember, error) {
+func (e *Edge) openTail(ctx context.Context, p gateway.Peer, opens <-chan *schema.TailOpen) (*broker.TailMember, error) {
 	late := time.NewTimer(gateway.DefaultHelloTimeout)
 	defer late.Stop()
-	var first *schema.TailRequest
+	var open *schema.TailOpen
 	select {
-	case first = <-requests:
+	case open = <-opens:
 	case <-late.C:
 		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "No 'open' came within %s; it is the first message of a tail.", gateway.DefaultHelloTimeout)
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	o, err := tailOptions(first.GetOpen())
+	o, err := tailOptions(open)
 	if err != nil {
 		return nil, err
 	}
@@ -108,9 +107,6 @@ func (e *Edge) openTail(ctx context.Context, p gateway.Peer, requests <-chan *sc
 
 // tailOptions reads the first message.
 func tailOptions(open *schema.TailOpen) (o broker.TailOptions, err error) {
-	if open == nil {
-		return o, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The first message of a tail is its 'open'.")
-	}
 	o.Group, o.Prefix = open.GetGroup(), open.GetSessionPrefix()
 	if n := len(open.GetTypes()); n > schema.MaxAttachTypes {
 		return o, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The tail names %d types; at most %d are allowed.", n, schema.MaxAttachTypes)
@@ -134,44 +130,52 @@ func tailOptions(open *schema.TailOpen) (o broker.TailOptions, err error) {
 	return o, nil
 }
 
-// receiveTail hands on what the peer says, until it says no more. The error is why.
-func receiveTail(ctx context.Context, p gateway.Peer, to chan<- *schema.TailRequest) error {
+// receiveTail hands on what the peer opens with, and then takes its acknowledgements, all that came before it left. The error is why nothing more does.
+func receiveTail(ctx context.Context, p gateway.Peer, opens chan<- *schema.TailOpen, members <-chan *broker.TailMember) error {
+	var member *broker.TailMember
 	for {
-		b, err := p.Transport.Receive(ctx)
+		m, err := receiveTailRequest(ctx, p)
 		if err != nil {
 			return err
 		}
-		m := new(schema.TailRequest)
-		if p.Protocol == gateway.ProtoJSON {
-			err = protojson.UnmarshalOptions{DiscardUnknown: true}.Unmarshal(b, m)
-		} else {
-			err = proto.Unmarshal(b, m)
-		}
-		if err != nil {
-			return &schema.Refusal{Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The message is not a TailRequest.", Err: err}
+		open, ack := m.GetOpen(), m.GetAck()
+		switch {
+		case member == nil && open == nil:
+			return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The first message of a tail is its 'open'.")
+		case member != nil && ack == nil:
+			return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Behind its 'open' a tail takes nothing but 'ack'.")
+		case member != nil:
+			member.Ack(ack.GetPartition(), ack.GetThrough())
+			continue
 		}
 		select {
-		case to <- m:
+		case opens <- open:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		select {
+		case member = <-members:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	}
 }
 
-// acknowledge takes the peer's acknowledgements. The error is what else it says.
-func acknowledge(ctx context.Context, m *broker.TailMember, requests <-chan *schema.TailRequest) error {
-	for {
-		select {
-		case r := <-requests:
-			ack := r.GetAck()
-			if ack == nil {
-				return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Behind its 'open' a tail takes nothing but 'ack'.")
-			}
-			m.Ack(ack.GetPartition(), ack.GetThrough())
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+func receiveTailRequest(ctx context.Context, p gateway.Peer) (*schema.TailRequest, error) {
+	b, err := p.Transport.Receive(ctx)
+	if err != nil {
+		return nil, err
 	}
+	m := new(schema.TailRequest)
+	if p.Protocol == gateway.ProtoJSON {
+		err = protojson.UnmarshalOptions{DiscardUnknown: true}.Unmarshal(b, m)
+	} else {
+		err = proto.Unmarshal(b, m)
+	}
+	if err != nil {
+		return nil, &schema.Refusal{Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The message is not a TailRequest.", Err: err}
+	}
+	return m, nil
 }
 
 // sendTail sends the peer what the member is told, until ctx ends. A write that takes too long ends the stream.
