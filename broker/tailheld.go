@@ -70,9 +70,7 @@ func (h *held) run(ctx, closing context.Context) {
 	h.unqueue()
 	h.settle(closing)
 	floor := h.drop()
-	leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveWithin)
-	defer cancel()
-	if err := h.lease.release(leaving, floor); err != nil {
+	if err := h.release(context.WithoutCancel(ctx), floor); err != nil {
 		h.m.logger.Warn("a member of an analytics group left a partition without giving it back; another takes it in a moment", "stream", h.stream, "error", err)
 		return
 	}
@@ -151,6 +149,19 @@ func (h *held) settle(closing context.Context) {
 			return
 		case <-closing.Done():
 			return
+		}
+	}
+}
+
+// release gives the lease back with the checkpoint, as often as that takes within leaveWithin.
+func (h *held) release(ctx context.Context, floor uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, leaveWithin)
+	defer cancel()
+	var retry backoff
+	for {
+		err := h.lease.release(ctx, floor)
+		if _, lost := errors.AsType[stopError](err); err == nil || lost || h.m.log.storing.Err() != nil || !retry.wait(ctx, errNotStored) {
+			return err
 		}
 	}
 }

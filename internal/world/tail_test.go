@@ -15,7 +15,7 @@ import (
 // acking acknowledges every batch at once.
 func acking(t *Tailer, r *schema.TailResponse) {
 	if b := r.GetBatch(); b != nil {
-		t.Ack(b.GetPartition(), b.GetThrough())
+		_ = t.Ack(b.GetPartition(), b.GetThrough()) // the test may be over
 	}
 }
 

@@ -83,9 +83,9 @@ func (t *Tailer) send(r *schema.TailRequest) error {
 	return t.stream.SendMsg(r)
 }
 
-// Ack acknowledges. Where the stream has ended nobody hears it.
-func (t *Tailer) Ack(partition uint32, through uint64) {
-	_ = t.send(&schema.TailRequest{Request: &schema.TailRequest_Ack{Ack: &schema.TailAck{Partition: partition, Through: through}}})
+// Ack acknowledges. The error says that nobody hears it, because the stream has ended.
+func (t *Tailer) Ack(partition uint32, through uint64) error {
+	return t.send(&schema.TailRequest{Request: &schema.TailRequest_Ack{Ack: &schema.TailAck{Partition: partition, Through: through}}})
 }
 
 // Partitions are those that it has now; nil where it was told nothing yet.
