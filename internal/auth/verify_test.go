@@ -280,6 +280,45 @@ func TestMayUse(t *testing.T) {
 	}
 }
 
+// Covers must say yes only where MayUse does for every name that the pattern stands for.
+func TestCovers(t *testing.T) {
+	tests := []struct {
+		sessions string
+		pattern  string
+		covers   bool
+	}{
+		{"chat", "chat", true},
+		{"chat", "chat*", false},
+		{"chat*", "chat", true},
+		{"chat*", "chat*", true},
+		{"chat*", "chat-1*", true},
+		{"chat*", "cha*", false},
+		{"chat*", "*", false},
+		{"*", "*", true},
+		{"*", "chat*", true},
+		{"", "*", false},
+		{"a,b*", "b*", true},
+		{"a,b*", "a*", false},
+		{"a**", "a*", false},
+		{"a**", "a**", true},
+	}
+	for _, tt := range tests {
+		var p auth.Principal
+		if tt.sessions != "" {
+			p.Sessions = strings.Split(tt.sessions, ",")
+		}
+		if got := p.Covers(tt.pattern); got != tt.covers {
+			t.Errorf("sessions %q, pattern %q: %v", tt.sessions, tt.pattern, got)
+		}
+		prefix, many := strings.CutSuffix(tt.pattern, "*")
+		for _, name := range []string{prefix, prefix + "x", prefix + "*"} {
+			if tt.covers && (many || name == tt.pattern) && name != "" && !p.MayUse(name) {
+				t.Errorf("sessions %q cover %q, and not %q", tt.sessions, tt.pattern, name)
+			}
+		}
+	}
+}
+
 func FuzzVerify(f *testing.F) {
 	// The fuzzer's processes must agree on what is good, so it is the same in each.
 	k := keyring()
