@@ -9,11 +9,8 @@ import (
 	"tidemark/schema"
 )
 
-// maxLatest is how many messages [reader.latest] can return: the server refuses to look at more subjects (nats-server, stream.go, getDirectMulti).
-const maxLatest = 1024
-
 // latest is the last message of every subject that the wildcard covers, from some replica, in one request (ADR-31 of NATS, multi_last): keys that were removed are among them, as markers. The stream must be a small one,
-// whose subjects are few.
+// and the subjects at most 1,024: the server answers for no more (nats-server, stream.go, getDirectMulti).
 func (r *reader) latest(ctx context.Context, stream, wildcard string) ([]*stored, error) {
 	select {
 	case r.gets <- struct{}{}:

@@ -40,12 +40,13 @@ type TailMember struct {
 	// Owned by run.
 	others map[string]bool // as they were seen last; empty where they never were
 	beat   time.Time       // the last time that this member said it was here
-	said   bool            // that something cannot be read or written just now
+	warned bool            // that something cannot be read or written just now
 
 	mu     sync.Mutex // guards all below
 	held   map[uint32]*held
-	queue  []*TailBatch // read and not returned yet
-	told   bool         // Next has said which partitions the member has
+	queue  []*TailBatch     // read and not returned yet
+	told   bool             // Next has said which partitions the member has
+	said   map[uint32]*held // what it said last
 	closed bool
 	wake   chan struct{} // holds a token: Next may have something
 }
@@ -92,9 +93,11 @@ func (m *TailMember) take() (TailEvent, bool) {
 		return TailEvent{}, false
 	}
 	if !m.told {
-		m.told = true
-		mine := make([]uint32, 0, len(m.held))
-		return TailEvent{Partitions: append(mine, slices.Sorted(maps.Keys(m.held))...), Of: len(m.starts)}, true
+		// One that was lost and taken again since is said to be gone first: what comes of it begins anew.
+		now := maps.Clone(m.held)
+		maps.DeleteFunc(now, func(i uint32, h *held) bool { return m.said[i] != nil && m.said[i] != h })
+		m.said, m.told = now, len(now) == len(m.held)
+		return TailEvent{Partitions: append([]uint32{}, slices.Sorted(maps.Keys(now))...), Of: len(m.starts)}, true
 	}
 	if len(m.queue) == 0 {
 		return TailEvent{}, false
@@ -155,9 +158,9 @@ func (m *TailMember) run(ctx context.Context) {
 		err := m.look(ctx, &holding)
 		switch {
 		case err == nil:
-			m.said = false
-		case ctx.Err() == nil && !m.said:
-			m.said = true
+			m.warned = false
+		case ctx.Err() == nil && !m.warned:
+			m.warned = true
 			m.logger.Warn("a member of an analytics group cannot look at the others just now; it keeps what it has", "error", err)
 		}
 		select {

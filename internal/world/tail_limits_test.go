@@ -165,7 +165,7 @@ func TestTail_ClientComesBack(t *testing.T) {
 		tail := c.Tail(client.TailOptions{Group: "g"})
 		got, lost := map[uint64]bool{}, 0
 		read := func(until int) {
-			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			ctx, cancel := context.WithTimeout(w.t.Context(), patience)
 			defer cancel()
 			for len(got) < until {
 				e, err := tail.Next(ctx)
@@ -199,7 +199,7 @@ func TestTail_ClientComesBack(t *testing.T) {
 			t.Error("it had no connection to leave")
 		}
 		for {
-			e, err := tail.Next(context.Background())
+			e, err := tail.Next(w.t.Context())
 			if errors.Is(err, io.EOF) {
 				break
 			}

@@ -3,6 +3,7 @@ package world
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -140,12 +141,12 @@ func TestTail_Starts(t *testing.T) {
 			"beginning": {[]map[string]string{beginning.Texts()}, "abc"},
 		} {
 			for i := range n {
-				got := ""
+				var got strings.Builder
 				for _, texts := range x.texts {
-					got += texts[fmt.Sprint("s", i)]
+					got.WriteString(texts[fmt.Sprint("s", i)])
 				}
-				if got != x.want {
-					t.Errorf("%s: of session s%d came %q, want %q", what, i, got, x.want)
+				if got.String() != x.want {
+					t.Errorf("%s: of session s%d came %q, want %q", what, i, got.String(), x.want)
 				}
 			}
 		}

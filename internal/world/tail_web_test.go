@@ -30,7 +30,7 @@ func TestTail_OverTheWeb(t *testing.T) {
 				}}
 				defer transport.CloseIdleConnections()
 				c := schemaconnect.NewSessionServiceClient(&http.Client{Transport: transport}, "http://edge0.grpc", options...)
-				ctx, cancel := context.WithTimeout(context.Background(), patience)
+				ctx, cancel := context.WithTimeout(w.t.Context(), patience)
 				defer cancel()
 				ctx, info := connect.NewClientContext(ctx)
 				info.RequestHeader().Set("Authorization", "Bearer "+w.Token(schema.Role_ROLE_ANALYST, "*"))
