@@ -60,7 +60,7 @@ func TestSettingsPrecedence(t *testing.T) {
 }
 
 func TestConfigOfEveryCommandIsAFileItTakes(t *testing.T) {
-	for _, command := range []string{"dev", "broker", "edge-ws", "edge-grpc", "publish", "follow", "token", "rebuild"} {
+	for _, command := range []string{"dev", "broker", "edge-ws", "edge-grpc", "publish", "follow", "tail", "token", "rebuild"} {
 		out := tidemark(t, nil, "config", command).must(t).out
 		file := write(t, out)
 		again := tidemark(t, nil, "config", command, "--config", file)
@@ -134,6 +134,9 @@ func TestExitCodes(t *testing.T) {
 		"edge's URL":            {[]string{"follow", "s", "--token", "x", "--edge", "127.0.0.1:8081"}, exitUsage, "127.0.0.1:8081"},
 		"two starts":            {[]string{"follow", "s", "--head", "--last", "3"}, exitUsage, "--last"},
 		"type":                  {[]string{"follow", "s", "--types", "tokens"}, exitUsage, "tokens"},
+		"tail from two places":  {[]string{"tail", "g", "--from-now", "--since", "2025-11-04T10:00:15Z"}, exitUsage, "--since"},
+		"tail of a type":        {[]string{"tail", "g", "--types", "tokens"}, exitUsage, "tokens"},
+		"tail of no group":      {[]string{"tail", strings.Repeat("g", 201)}, exitUsage, "201"},
 		"session's name":        {[]string{"follow", strings.Repeat("s", 201)}, exitUsage, "201"},
 		"status":                {[]string{"sessions", "ls", "--status", "asleep"}, exitUsage, "asleep"},
 		"input not there":       {[]string{"publish", "s", filepath.Join(dir, "none"), "--token", "x"}, exitFailed, "none"},

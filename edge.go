@@ -285,7 +285,7 @@ func (p *process) startEdges(c *core, f *edgeFlags, overHTTP, overGRPC net.Liste
 	}
 	if overGRPC != nil && err == nil {
 		native, err = edgegrpc.New(edgegrpc.Config{
-			Gateway: c.gateway, Log: c.log, Verify: c.verify, AllowedOrigins: f.Origins, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: c.metrics,
+			Gateway: c.gateway, Log: c.log, Tails: c.log, Verify: c.verify, AllowedOrigins: f.Origins, MaxConnections: f.MaxSocket, Logger: p.env.log, Metrics: c.metrics,
 		})
 	}
 	if err != nil {

@@ -39,6 +39,7 @@ type commands struct {
 
 	Publish  publishCommand  `cmd:"" help:"Publish lines or a recorded stream into a session."`
 	Follow   followCommand   `cmd:"" help:"Show a session as it goes on, over lost connections and edges."`
+	Tail     tailCommand     `cmd:"" help:"Print the envelopes of all sessions, as a member of a durable group that shares the load."`
 	Sessions sessionsCommand `cmd:"" help:"List, show and remove sessions."`
 	Work     workCommand     `cmd:"" help:"See what work sessions hold, take it, and look after what was given up."`
 	Replay   replayCommand   `cmd:"" help:"Read a session's log: as a transcript, as JSON lines, or to verify it."`

@@ -149,3 +149,10 @@ func (v View) Encoded(f Form, encode func(envelope []byte) []byte) [][]byte {
 	}
 	return (*p)[v.From-v.First : v.To-v.First+1]
 }
+
+// recordBody is the envelope in a record.
+func recordBody(record []byte) []byte {
+	_, _, n := protowire.ConsumeTag(record)
+	body, _ := protowire.ConsumeBytes(record[n:])
+	return body
+}

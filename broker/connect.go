@@ -173,6 +173,9 @@ func provision(ctx context.Context, js jetstream.JetStream, l Layout) error {
 	if err := provisionWork(ctx, js, l); err != nil {
 		return err
 	}
+	if err := provisionTails(ctx, js, l); err != nil {
+		return err
+	}
 	// LOG_00 comes last: whoever finds it finds the rest.
 	for i := l.Streams - 1; i >= 0; i-- {
 		base := jetstream.StreamConfig{

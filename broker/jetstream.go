@@ -80,6 +80,7 @@ type JetStreamLog struct {
 	closing   chan struct{} // closed by Close: what waits to be stored waits no longer
 	reader    *reader       // set with layout
 	presence  *presence
+	tails     *tailMetrics
 
 	// giving holds a permit for each item that is being given up.
 	giving  chan struct{}
@@ -125,7 +126,7 @@ func Open(cfg Config) (*JetStreamLog, error) {
 		queued: semaphore.NewWeighted(cfg.QueueBytes), handOvers: make(chan struct{}, maxHandOvers), closing: make(chan struct{}), appenders: make(map[schema.SessionID]*appender),
 	}
 	l.giving, l.groups = make(chan struct{}, maxGiving), make(map[groupKey]*workGroup)
-	l.presence = newPresence(l)
+	l.presence, l.tails = newPresence(l), newTailMetrics(cfg.Metrics)
 	l.storing, l.stop = context.WithCancel(context.Background()) //nolint:forbidigo // the log's own lifetime, ended by Close
 	return l, nil
 }

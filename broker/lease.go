@@ -16,18 +16,23 @@ import (
 	"tidemark/schema"
 )
 
-// lease is one projector's hold on a log stream, and its checkpoint: one record, so that whoever loses the one cannot move the other (docs/adr/0003).
+// lease is a hold on a log stream, and a checkpoint in it: one record, so that whoever loses the one cannot move the other (docs/adr/0003). Projectors hold one for each stream, and the members of an analytics
+// group (docs/adr/0010) one of the group's for each.
 //
-// The holder writes the record every beatEvery. Another projector takes it over when it has seen the same revision for leaseTTL by its own clock: no clocks are compared. A holder that was frozen and
-// thaws fails at its next beat; what it writes before that is fenced by the projection's registers.
+// The holder writes the record every beatEvery. Another takes it over when it has seen the same revision for leaseTTL by its own clock: no clocks are compared. A holder that was frozen and
+// thaws fails at its next beat; what a projector writes before that is fenced by the projection's registers.
 type lease struct {
 	// Static after construction.
 	kv     jetstream.KeyValue
-	key    string // the log stream's name
-	name   string // this process
+	key    string // of the record; a projector's is the log stream's name
+	name   string // who would hold it: this process, or a member
 	logger *slog.Logger
 	// writing is held by who renews the record: a channel, because renewing may take long.
 	writing chan struct{}
+
+	// Owned by who waits for the lease: the revision that was there last, and since when.
+	seen  uint64
+	since time.Time
 
 	mu      sync.Mutex
 	holder  string // name and a ULID for each time it was acquired
@@ -45,41 +50,43 @@ const (
 	pollEvery = 250 * time.Millisecond
 )
 
-// errLeaseLost: another projector has taken the stream over.
-var errLeaseLost = stopError{errors.New("broker: another projector has taken over")}
+// errLeaseLost: another has taken the stream over.
+var errLeaseLost = stopError{errors.New("broker: another has taken the stream over")}
 
-func newLease(kv jetstream.KeyValue, stream, name string, logger *slog.Logger) *lease {
-	return &lease{kv: kv, key: stream, name: name, logger: logger, writing: make(chan struct{}, 1)}
+func newLease(kv jetstream.KeyValue, key, name string, logger *slog.Logger) *lease {
+	return &lease{kv: kv, key: key, name: name, logger: logger, writing: make(chan struct{}, 1)}
 }
 
 // acquire waits until the stream is this projector's.
 func (l *lease) acquire(ctx context.Context) error {
-	var seen uint64
-	var since time.Time
 	for said := ""; ; {
 		rev, record, err := l.read(ctx)
-		now := time.Now()
 		switch {
 		case err != nil:
 			if said != err.Error() {
 				l.logger.Warn("waiting for the projector's checkpoint", "stream", l.key, "error", err)
 				said = err.Error()
 			}
-		case record.GetHolder() == "" || nameOf(record.GetHolder()) == l.name || rev == seen && now.Sub(since) >= leaseTTL:
+		case l.free(rev, record, time.Now()):
 			if l.take(ctx, rev, record.GetThrough()) == nil {
 				return nil
 			}
-		case rev != seen:
-			seen, since = rev, now
-			if said != record.GetHolder() {
-				l.logger.Info("another projector has the stream; standing by", "stream", l.key, "holder", record.GetHolder())
-				said = record.GetHolder()
-			}
+		case said != record.GetHolder():
+			l.logger.Info("another projector has the stream; standing by", "stream", l.key, "holder", record.GetHolder())
+			said = record.GetHolder()
 		}
 		if !sleep(ctx, pollEvery) {
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// free notes how the record was found, and reports whether it may be taken: nobody holds it, or whoever is called as we are, or its holder has said nothing for leaseTTL.
+func (l *lease) free(rev uint64, record *schema.Projection, now time.Time) bool {
+	if rev != l.seen {
+		l.seen, l.since = rev, now
+	}
+	return record.GetHolder() == "" || nameOf(record.GetHolder()) == l.name || now.Sub(l.since) >= leaseTTL
 }
 
 // nameOf is the process in a holder.
@@ -104,7 +111,7 @@ func (l *lease) read(ctx context.Context) (uint64, *schema.Projection, error) {
 	return e.Revision(), record, nil
 }
 
-// take makes this projector the holder, unless somebody was faster.
+// take makes us the holder, unless somebody was faster.
 func (l *lease) take(ctx context.Context, rev, through uint64) error {
 	l.mu.Lock()
 	l.holder, l.rev, l.through = l.name+"/"+ulid.Make().String(), rev, through
@@ -112,15 +119,25 @@ func (l *lease) take(ctx context.Context, rev, through uint64) error {
 	return l.write(ctx, l.holder, through)
 }
 
-// renew writes the record: a beat, and the checkpoint where it has moved. The error is errLeaseLost where another projector is the holder; others pass.
+// renew writes the record: a beat, and the checkpoint where it has moved. The error is errLeaseLost where another is the holder; others pass.
 func (l *lease) renew(ctx context.Context, through uint64) error {
+	return l.rewrite(ctx, l.holder, through)
+}
+
+// release leaves the stream to whoever comes next. The error is as with renew.
+func (l *lease) release(ctx context.Context, through uint64) error {
+	return l.rewrite(ctx, "", through)
+}
+
+// rewrite writes the record on top of our own last one.
+func (l *lease) rewrite(ctx context.Context, holder string, through uint64) error {
 	select {
 	case l.writing <- struct{}{}:
 		defer func() { <-l.writing }()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	err := l.write(ctx, l.holder, through)
+	err := l.write(ctx, holder, through)
 	if !isConflict(err) {
 		return err
 	}
@@ -136,7 +153,7 @@ func (l *lease) renew(ctx context.Context, through uint64) error {
 		l.mu.Lock()
 		l.rev = rev
 		l.mu.Unlock()
-		if err = l.write(ctx, l.holder, through); !isConflict(err) {
+		if err = l.write(ctx, holder, through); !isConflict(err) {
 			return err
 		}
 		// What was read came from a replica that lags.
@@ -152,9 +169,6 @@ func isConflict(err error) bool {
 	api, ok := errors.AsType[*jetstream.APIError](err)
 	return ok && api.ErrorCode == errCodeWrongLastSequence || errors.Is(err, jetstream.ErrKeyExists)
 }
-
-// release leaves the stream to whoever comes next.
-func (l *lease) release(ctx context.Context, through uint64) error { return l.write(ctx, "", through) }
 
 // write writes the record, for one goroutine at a time.
 func (l *lease) write(ctx context.Context, holder string, through uint64) error {

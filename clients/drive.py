@@ -24,21 +24,21 @@ class System:
     def __init__(self, dir):
         self.binary = os.path.join(CACHE, "tidemark")
         self.dir = dir
-        self.http = self.grpc = "127.0.0.1:0"
+        self.http = self.grpc = self.nats = "127.0.0.1:0"
         self.log = open(os.path.join(dir, "log"), "w+")
         # What is set for somebody else's deployment is not for this one.
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("TIDEMARK_")}
 
     async def start(self):
         self.process = await asyncio.create_subprocess_exec(
-            self.binary, "dev", "--data-dir", self.dir + "/data", "--http", self.http, "--grpc", self.grpc, "--nats-listen", "off", "--origins", "https://app.example.com",
+            self.binary, "dev", "--data-dir", self.dir + "/data", "--http", self.http, "--grpc", self.grpc, "--nats-listen", self.nats, "--origins", "https://app.example.com",
             env=self.env, stdout=asyncio.subprocess.PIPE, stderr=self.log,
         )
         line = (await asyncio.wait_for(self.process.stdout.readline(), PATIENCE)).decode()
-        ready = re.fullmatch(r"ready http=(\S+) grpc=(\S+) nats=off\n", line)
+        ready = re.fullmatch(r"ready http=(\S+) grpc=(\S+) nats=(\S+)\n", line)
         if not ready:
             raise Exception("tidemark dev printed %r instead of its ready line" % line)
-        self.http, self.grpc = ready.groups()
+        self.http, self.grpc, self.nats = ready.groups()
 
     async def kill(self):
         self.process.kill()
@@ -108,6 +108,44 @@ async def workflow(system, *command):
     )
 
 
+async def raw(system):
+    """Reads a session from NATS itself, past the edges: what was stored, what is stored meanwhile, and behind a deletion the next history."""
+    session = "raw NATS: ü/1 *.>"
+    with open(system.dir + "/data/nats-password") as f:
+        env = dict(system.env, NATS_URL="nats://tidemark:%s@%s" % (f.read().strip(), system.nats))
+
+    async def start(**settings):
+        return await asyncio.create_subprocess_exec(
+            sys.executable, os.path.join(HERE, "raw_nats.py"), session, env=dict(env, **settings), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+
+    async def once():
+        p = await start(ONCE="1")
+        out, err = await asyncio.wait_for(p.communicate(), PATIENCE)
+        assert p.returncode == 0, err.decode()
+        return out.decode()
+
+    assert await once() == "", "there is something in a session without envelopes"
+    await system.run("publish", session, input="one\ntwo ü\n")
+    assert await once() == "one\ntwo ü\n", "what was stored is not what was read"
+    reader = await start()
+    try:
+        for published, want in (("", ["one\n", "two ü\n"]), ("three\n", ["three\n"]), (None, []), ("four\n", ["four\n"])):
+            if published is None:
+                await system.run("sessions", "rm", session)
+            elif published:
+                await system.run("publish", session, input=published)
+            for line in want:
+                got = (await asyncio.wait_for(reader.stdout.readline(), PATIENCE)).decode()
+                assert got == line, "%r was read where %r is stored: %s" % (got, line, "" if got else (await reader.stderr.read()).decode())
+    finally:
+        if reader.returncode is None:
+            reader.kill()
+        await reader.wait()
+    assert await once() == "four\n", "a history that was deleted is still read"
+    return "4 lines in 2 histories, from streams, subjects and frames alone"
+
+
 async def page(system, chromium):
     """Opens the page in a browser."""
     user = await system.run("token", "--role", "user")
@@ -157,6 +195,7 @@ async def main():
                 ("Node, agent and UI", lambda: workflow(system, "node", os.path.join(NODE, "workflow.mjs"))),
                 ("Python, gRPC", lambda: script(system, sys.executable, os.path.join(HERE, "over_grpc.py"))),
                 ("Node, gRPC-Web", lambda: script(system, "node", os.path.join(NODE, "over_grpc_web.mjs"))),
+                ("Python, NATS itself", lambda: raw(system)),
                 ("README.md", lambda: readme.check(system, CACHE)),
             ]:
                 began = time.monotonic()

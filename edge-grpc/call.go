@@ -104,14 +104,26 @@ type stream struct {
 	hello bool
 	// work: it carries what workers say and hear, and nothing else.
 	work bool
+	// serve serves the stream until it has ended, and closes its transport. Nil: the gateway does.
+	serve func(e *Edge, ctx context.Context, p gateway.Peer)
 }
 
 var (
-	appendStream = stream{method: "AppendStream", protocol: gateway.ProtoPublish}   //nolint:gochecknoglobals // a row of a table that nothing writes
-	follow       = stream{method: "Follow", protocol: gateway.Proto, follows: true} //nolint:gochecknoglobals // a row of a table that nothing writes
-	connection   = stream{method: "Connect", protocol: gateway.Proto, hello: true}  //nolint:gochecknoglobals // a row of a table that nothing writes
-	workers      = stream{method: "Work", protocol: gateway.Proto, work: true}      //nolint:gochecknoglobals // a row of a table that nothing writes
+	appendStream = stream{method: "AppendStream", protocol: gateway.ProtoPublish}            //nolint:gochecknoglobals // a row of a table that nothing writes
+	follow       = stream{method: "Follow", protocol: gateway.Proto, follows: true}          //nolint:gochecknoglobals // a row of a table that nothing writes
+	connection   = stream{method: "Connect", protocol: gateway.Proto, hello: true}           //nolint:gochecknoglobals // a row of a table that nothing writes
+	workers      = stream{method: "Work", protocol: gateway.Proto, work: true}               //nolint:gochecknoglobals // a row of a table that nothing writes
+	tail         = stream{method: "Tail", protocol: gateway.Proto, serve: (*Edge).serveTail} //nolint:gochecknoglobals // a row of a table that nothing writes
 )
+
+// run serves the stream of a peer that is prepared.
+func (s stream) run(ctx context.Context, e *Edge, p gateway.Peer) {
+	if s.serve != nil {
+		s.serve(e, ctx, p)
+		return
+	}
+	_ = e.cfg.Gateway.Serve(ctx, p)
+}
 
 // peer prepares what the gateway needs to know of a stream whose caller sent this token. first is the message of a stream that follows.
 func (s stream) peer(ctx context.Context, e *Edge, token, remote string, first func(*schema.Attach) error) (gateway.Peer, error) {

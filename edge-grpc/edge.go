@@ -32,6 +32,8 @@ const (
 	DefaultMaxConcurrentStreams = 1_000
 	// DefaultKeepAlive is how long a connection may be silent before it is pinged.
 	DefaultKeepAlive = 30 * time.Second
+	// DefaultMaxTails bounds the members of analytics groups: each reads the whole log stream of its partitions, and may hold some 4 MiB that were not acknowledged and as much again of each partition that is not looked at yet.
+	DefaultMaxTails = 32
 	// keepAliveTimeout is how long the answer may take before the peer counts as dead.
 	keepAliveTimeout = 15 * time.Second
 	// keepAliveMin is how often a client may ping us; grpc-go's clients ping every 10 s at the most.
@@ -55,6 +57,8 @@ type Config struct {
 	// Work and Runs are the gateway's. Default: Log, where it is such.
 	Work broker.Queue
 	Runs broker.RunKeeper
+	// Tails answers the method Tail, which is refused as unsupported where there is none.
+	Tails broker.Tails
 	// Verify says who the bearer of a token is. Required; the gateway's. The error is a [*schema.Refusal].
 	Verify func(ctx context.Context, token string) (*auth.Principal, error)
 
@@ -65,6 +69,8 @@ type Config struct {
 	MaxConnections int
 	// MaxConcurrentStreams bounds the calls and streams of one connection at once. Default [DefaultMaxConcurrentStreams].
 	MaxConcurrentStreams int
+	// MaxTails bounds the streams of the method Tail at once. Default [DefaultMaxTails].
+	MaxTails int
 	// KeepAlive is how long an HTTP/2 connection may be silent before it is pinged; it is closed where no answer comes within 15 s. Default [DefaultKeepAlive].
 	KeepAlive time.Duration
 
@@ -90,6 +96,9 @@ func (c *Config) validate() error {
 	if c.MaxConcurrentStreams <= 0 {
 		c.MaxConcurrentStreams = DefaultMaxConcurrentStreams
 	}
+	if c.MaxTails <= 0 {
+		c.MaxTails = DefaultMaxTails
+	}
 	if c.KeepAlive <= 0 {
 		c.KeepAlive = DefaultKeepAlive
 	}
@@ -108,6 +117,7 @@ type Edge struct {
 	native  *grpc.Server
 	web     *http.Server
 	over    chan struct{} // closed when both servers have ended
+	tails   chan struct{} // a token for each stream of the method Tail
 
 	// streams are what runs for native streams; see [stream.serveNative].
 	streams sync.WaitGroup
@@ -129,7 +139,7 @@ func New(cfg Config) (*Edge, error) {
 	if err != nil {
 		return nil, fmt.Errorf("edgegrpc: %w", err)
 	}
-	e := &Edge{cfg: cfg, metrics: m, over: make(chan struct{})}
+	e := &Edge{cfg: cfg, metrics: m, over: make(chan struct{}), tails: make(chan struct{}, cfg.MaxTails)}
 	e.health = &health{gateway: cfg.Gateway, leaving: make(chan struct{})}
 	e.native = grpc.NewServer(
 		grpc.ForceServerCodecV2(newNativeCodec()),

@@ -31,7 +31,7 @@ func (e *Edge) description() *grpc.ServiceDesc {
 			keepRun.native(e), listWorkGroups.native(e), listWork.native(e), listDeadLetters.native(e), redrive.native(e),
 		},
 		Streams: []grpc.StreamDesc{
-			appendStream.native(e), follow.native(e), connection.native(e), workers.native(e),
+			appendStream.native(e), follow.native(e), connection.native(e), workers.native(e), tail.native(e),
 		},
 	}
 }
@@ -100,7 +100,7 @@ func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
 	e.streams.Go(func() {
 		ctx, stop := whilePeer(gs.Context())
 		defer stop()
-		_ = e.cfg.Gateway.Serve(ctx, gp)
+		s.run(ctx, e, gp)
 	})
 	<-t.closed
 	return t.failure

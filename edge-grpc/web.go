@@ -44,6 +44,7 @@ func (e *Edge) webHandler() http.Handler {
 	mount(listWork.web(e))
 	mount(listDeadLetters.web(e))
 	mount(redrive.web(e))
+	mount(tail.web(e))
 	e.health.mount(mux)
 	reflector := grpcreflect.NewStaticReflector(schemaconnect.SessionServiceName, healthService)
 	for _, mount := range []func(*grpcreflect.Reflector, ...connect.HandlerOption) (string, http.Handler){grpcreflect.NewHandlerV1, grpcreflect.NewHandlerV1Alpha} {
@@ -113,7 +114,7 @@ func (s stream) serveWeb(e *Edge, ctx context.Context, c connect.StreamingHandle
 			return err
 		}
 		serving, stop := whilePeer(ctx)
-		_ = e.cfg.Gateway.Serve(serving, gp)
+		s.run(serving, e, gp)
 		stop()
 		if t.failure == nil {
 			e.metrics.calls.WithLabelValues(s.method, c.Peer().Protocol, "ok").Inc()

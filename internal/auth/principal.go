@@ -50,8 +50,8 @@ func (p *Principal) MayUse(session string) bool {
 	return false
 }
 
-// MayUseAll says whether the token gives access to every session that a pattern names: a name, or a prefix that ends in '*'.
-func (p *Principal) MayUseAll(pattern string) bool {
+// Covers says whether the token gives access to every session that a pattern names: a name, or a prefix that ends in '*'.
+func (p *Principal) Covers(pattern string) bool {
 	prefix, many := strings.CutSuffix(pattern, "*")
 	if !many {
 		return p.MayUse(pattern)

@@ -281,8 +281,8 @@ func TestMayUse(t *testing.T) {
 	}
 }
 
-// TestMayUseAll: a pattern is covered where every session that it names is one that the token gives access to.
-func TestMayUseAll(t *testing.T) {
+// TestCovers: a pattern is covered where every session that it names is one that the token gives access to.
+func TestCovers(t *testing.T) {
 	for _, tt := range []struct {
 		sessions, pattern string
 		may               bool
@@ -309,7 +309,7 @@ func TestMayUseAll(t *testing.T) {
 		if tt.sessions != "" {
 			p.Sessions = strings.Split(tt.sessions, ",")
 		}
-		if got := p.MayUseAll(tt.pattern); got != tt.may {
+		if got := p.Covers(tt.pattern); got != tt.may {
 			t.Errorf("sessions %q, pattern %q: %v", tt.sessions, tt.pattern, got)
 		}
 	}
@@ -319,7 +319,7 @@ func TestMayUseAll(t *testing.T) {
 		p := auth.Principal{Sessions: rapid.SliceOfN(word, 0, 4).Draw(t, "sessions")}
 		pattern, session := word.Draw(t, "pattern"), word.Draw(t, "session")
 		prefix, many := strings.CutSuffix(pattern, "*")
-		if named := session == pattern || many && strings.HasPrefix(session, prefix); named && p.MayUseAll(pattern) && !p.MayUse(session) {
+		if named := session == pattern || many && strings.HasPrefix(session, prefix); named && p.Covers(pattern) && !p.MayUse(session) {
 			t.Fatalf("%q covers %q, and gives no access to %q", p.Sessions, pattern, session)
 		}
 	})

@@ -128,14 +128,26 @@ func (c *Client) dial(ctx context.Context, e edge) (conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	if e.grpc {
-		return c.dialGRPC(ctx, e)
+		return c.dialGRPC(ctx, e, "Connect")
 	}
 	return c.dialWebSocket(ctx, e)
 }
 
-// link makes connections for a follower or a publisher, one after the other, and knows how long to wait between them. It belongs to one goroutine.
+// dialTail opens the method Tail at the edge. An edge without gRPC has none.
+func (c *Client) dialTail(ctx context.Context, e edge) (conn, error) {
+	if !e.grpc {
+		return nil, schema.Refuse(schema.Code_CODE_UNSUPPORTED_PROTOCOL, "Groups tail over gRPC alone; name edges as grpc://HOST:PORT, not as %s.", e.url)
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	return c.dialGRPC(ctx, e, "Tail")
+}
+
+// link makes connections for a follower, a publisher or a tailer, one after the other, and knows how long to wait between them. It belongs to one goroutine.
 type link struct {
 	c *Client
+	// dial makes one; [Client.dial] where nil.
+	dial func(ctx context.Context, e edge) (conn, error)
 	// next is the edge to try.
 	next int
 	// fails counts what went wrong since the last progress.
@@ -147,12 +159,16 @@ type link struct {
 // connect returns a new connection, however long that takes. The error is one that trying again does not mend, or the context's.
 func (l *link) connect(ctx context.Context) (conn, error) {
 	began := time.Now()
+	dial := l.dial
+	if dial == nil {
+		dial = l.c.dial
+	}
 	for {
 		if err := l.wait(ctx); err != nil {
 			return nil, err
 		}
 		e := l.c.edges[l.next%len(l.c.edges)]
-		conn, err := l.c.dial(ctx, e)
+		conn, err := dial(ctx, e)
 		if err == nil {
 			if l.fails > 0 {
 				l.c.cfg.Logger.Info("connected again", "edge", e.url.String())

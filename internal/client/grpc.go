@@ -29,7 +29,7 @@ const service = "/tidemark.v1.SessionService/"
 // codeTrailer is where an edge names the code of a failed call.
 const codeTrailer = "tidemark-code"
 
-// grpcConn is a stream of the method Connect on a connection of its own.
+// grpcConn is a stream of a method, Connect or Tail, on a connection of its own.
 type grpcConn struct {
 	cc     *grpc.ClientConn
 	stream grpc.ClientStream
@@ -42,7 +42,7 @@ type grpcConn struct {
 }
 
 // dialGRPC opens the stream. What the edge says to the token comes with the first receive.
-func (c *Client) dialGRPC(ctx context.Context, e edge) (conn, error) {
+func (c *Client) dialGRPC(ctx context.Context, e edge, method string) (conn, error) {
 	g := new(grpcConn)
 	cc, err := c.grpcClient(e, func(n net.Conn) {
 		g.mu.Lock()
@@ -56,8 +56,8 @@ func (c *Client) dialGRPC(ctx context.Context, e edge) (conn, error) {
 	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	g.cc, g.cancel = cc, cancel
 	late := context.AfterFunc(ctx, cancel)
-	desc := &grpc.StreamDesc{StreamName: "Connect", ServerStreams: true, ClientStreams: true}
-	g.stream, err = cc.NewStream(c.withToken(streaming), desc, service+"Connect", grpc.ForceCodecV2(rawCodec{encoding.GetCodecV2(grpcproto.Name)}))
+	desc := &grpc.StreamDesc{StreamName: method, ServerStreams: true, ClientStreams: true}
+	g.stream, err = cc.NewStream(c.withToken(streaming), desc, service+method, grpc.ForceCodecV2(rawCodec{encoding.GetCodecV2(grpcproto.Name)}))
 	if !late() && err == nil {
 		err = context.Cause(ctx)
 	}
@@ -122,6 +122,9 @@ func (g *grpcConn) receive(ctx context.Context) ([]byte, error) {
 	}
 	return g.in.bytes, nil
 }
+
+// closeSend says that no frame comes any more; the edge ends the stream then.
+func (g *grpcConn) closeSend() { _ = g.stream.CloseSend() }
 
 func (g *grpcConn) cut() {
 	g.mu.Lock()

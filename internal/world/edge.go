@@ -81,7 +81,7 @@ func (e *Edge) boot() {
 	}
 	e.sockets, err = edgews.New(sc)
 	w.must(err)
-	cc := edgegrpc.Config{Gateway: e.Gateway, Log: log, Verify: w.verifier.Verify, Metrics: e.Metrics, Logger: logger}
+	cc := edgegrpc.Config{Gateway: e.Gateway, Log: log, Tails: log, Verify: w.verifier.Verify, Metrics: e.Metrics, Logger: logger}
 	if w.cfg.GRPC != nil {
 		w.cfg.GRPC(&cc)
 	}
