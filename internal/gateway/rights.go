@@ -82,7 +82,7 @@ func AuthorizePattern(p *auth.Principal, v Verb, pattern string) error {
 	if err := AuthorizeRole(p, v); err != nil {
 		return err
 	}
-	if !p.MayUseAll(pattern) {
+	if !p.Covers(pattern) {
 		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "The token does not give access to all that %q names; use one whose claim 'sessions' does.", pattern)
 	}
 	return nil
