@@ -9,8 +9,12 @@ import (
 	"tidemark/schema"
 )
 
-// maxRedrive bounds the dead letters of one call.
-const maxRedrive = 1000
+const (
+	// maxRedrive bounds the dead letters of one call.
+	maxRedrive = 1000
+	// maxLetterID bounds a dead letter's id, in bytes: it names a session, whose name can triple in it.
+	maxLetterID = 1 << 10
+)
 
 // queue is where the groups are; a refusal where the log has none.
 func (e *Edge) queue() (broker.Queue, error) {
@@ -150,8 +154,8 @@ func (e *Edge) redrive(ctx context.Context, p *auth.Principal, req *schema.Redri
 
 // checkLetter says what is wrong with a dead letter's id, which may be empty.
 func checkLetter(id string) error {
-	if len(id) > schema.MaxIDBytes {
-		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The dead letter's id has %d bytes; none has more than %d.", len(id), schema.MaxIDBytes)
+	if len(id) > maxLetterID {
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The dead letter's id has %d bytes; none has more than %d.", len(id), maxLetterID)
 	}
 	return nil
 }

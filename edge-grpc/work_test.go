@@ -191,7 +191,7 @@ func testWorkCalls(w *world, d dialect) {
 		{k, "ListWork", &schema.ListWorkRequest{Group: "nobody"}, new(schema.ListWorkResponse), schema.Code_CODE_WORK_NOT_FOUND},
 		{k, "ListWork", &schema.ListWorkRequest{Group: long}, new(schema.ListWorkResponse), schema.Code_CODE_INVALID_MESSAGE},
 		{k, "ListDeadLetters", &schema.ListDeadLettersRequest{Session: "b1"}, letters, schema.Code_CODE_FORBIDDEN},
-		{k, "ListDeadLetters", &schema.ListDeadLettersRequest{Id: long}, letters, schema.Code_CODE_INVALID_MESSAGE},
+		{k, "ListDeadLetters", &schema.ListDeadLettersRequest{Id: strings.Repeat("x", 1025)}, letters, schema.Code_CODE_INVALID_MESSAGE},
 		{k, "ListDeadLetters", &schema.ListDeadLettersRequest{Id: foreign}, letters, schema.Code_CODE_WORK_NOT_FOUND},
 		{k, "Redrive", &schema.RedriveRequest{}, driven, schema.Code_CODE_INVALID_MESSAGE},
 		{k, "Redrive", &schema.RedriveRequest{Ids: make([]string, 1001)}, driven, schema.Code_CODE_INVALID_MESSAGE},

@@ -1,7 +1,6 @@
 package auth
 
 import (
-	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -50,17 +49,18 @@ func (p *Principal) MayUse(session string) bool {
 	return false
 }
 
-// Covers says whether the token gives access to every session that a pattern names: a name, or a prefix that ends in '*'.
+// Covers says whether the token gives access to every session that a pattern stands for: a name, a prefix that ends in '*', or "*" for all of the tenant.
 func (p *Principal) Covers(pattern string) bool {
 	prefix, many := strings.CutSuffix(pattern, "*")
 	if !many {
 		return p.MayUse(pattern)
 	}
-	// One entry must do: several prefixes together are never all of a shorter one.
-	return slices.ContainsFunc(p.Sessions, func(s string) bool {
-		own, ok := strings.CutSuffix(s, "*")
-		return ok && strings.HasPrefix(prefix, own)
-	})
+	for _, s := range p.Sessions {
+		if own, ok := strings.CutSuffix(s, "*"); ok && strings.HasPrefix(prefix, own) {
+			return true
+		}
+	}
+	return false
 }
 
 // Source is the principal as it stands in the envelopes that the client appends.
