@@ -432,7 +432,7 @@ func TestI10_Cancel(t *testing.T) {
 						t.Errorf("%s: behind the cancel stands %v", session, all[4])
 					}
 					before.WantSame(all)
-					s, err := w.Edge(0).Log.Session(t.Context(), Session(session))
+					s, err := w.Edge(0).Log.Session(w.T().Context(), Session(session))
 					w.must(err)
 					if s.GetStatus() != status {
 						t.Errorf("%s is %s", session, s.GetStatus())
