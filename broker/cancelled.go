@@ -6,7 +6,6 @@ import (
 	"slices"
 	"unicode/utf8"
 
-	"github.com/oklog/ulid/v2"
 	"google.golang.org/protobuf/proto"
 
 	"tidemark/schema"
@@ -194,7 +193,7 @@ func (d *ending) envelope() (schema.Accepted, error) {
 		reason = reason[:end]
 	}
 	return systemStamp.AcceptEnvelope(&schema.Envelope{
-		Id: ulid.ULID(id).String(), Time: cause.GetTime(), ReplyTo: &d.seq,
+		Id: id.String(), Time: cause.GetTime(), ReplyTo: &d.seq,
 		Payload: &schema.Envelope_RunStatus{RunStatus: &schema.RunStatus{RunId: d.run, Status: schema.Status_STATUS_CANCELLED, Reason: reason}},
 	}, cause.GetTime().AsTime())
 }

@@ -36,7 +36,8 @@ func (s *substrate) start() {
 		s.t.Fatal(err)
 	}
 	s.node = node
-	b, err := broker.NewBroker(broker.BrokerConfig{Server: s.server(), Layout: s.layout, Name: "broker"})
+	// The model has no watchdog: a run may be without its agent for longer than any comparison takes.
+	b, err := broker.NewBroker(broker.BrokerConfig{Server: s.server(), Layout: s.layout, Name: "broker", OrphanAfter: 10_000 * time.Hour})
 	if err != nil {
 		s.t.Fatal(err)
 	}

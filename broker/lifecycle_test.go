@@ -110,35 +110,36 @@ func (l *life) String() string {
 	if s.head == 0 {
 		return "not there"
 	}
-	out := strings.ToLower(strings.TrimPrefix(s.kind.String(), "SESSION_KIND_")) + " " + schema.StatusWord(s.status)
+	var out strings.Builder
+	out.WriteString(strings.ToLower(strings.TrimPrefix(s.kind.String(), "SESSION_KIND_")) + " " + schema.StatusWord(s.status))
 	if s.run != "" {
-		out += ", run " + s.run
+		out.WriteString(", run " + s.run)
 	}
 	if s.prompt != 0 {
-		out += fmt.Sprintf(", question %d", s.prompt)
+		out.WriteString(fmt.Sprintf(", question %d", s.prompt))
 	}
 	if len(s.options) > 0 {
-		out += " of " + strings.Join(s.options, "|")
+		out.WriteString(" of " + strings.Join(s.options, "|"))
 	}
 	if !s.deadline.IsZero() {
-		out += fmt.Sprintf(" till %s for %s", s.deadline.Format(time.TimeOnly), s.fallback)
+		out.WriteString(fmt.Sprintf(" till %s for %s", s.deadline.Format(time.TimeOnly), s.fallback))
 	}
 	if s.about.request != "" {
-		out += ", asked by " + s.about.request
+		out.WriteString(", asked by " + s.about.request)
 	}
 	if s.about.orphanAfter != 0 {
-		out += ", orphan after " + s.about.orphanAfter.String()
+		out.WriteString(", orphan after " + s.about.orphanAfter.String())
 	}
 	if s.about.attended {
-		out += ", attended"
+		out.WriteString(", attended")
 	}
 	for i, c := range s.cancelled {
-		out += [...]string{", cancelled ", " "}[min(i, 1)] + c.run + "/" + c.request
+		out.WriteString([...]string{", cancelled ", " "}[min(i, 1)] + c.run + "/" + c.request)
 	}
 	if n := len(s.answered); n > 0 {
-		out += fmt.Sprintf(", %d answered", n)
+		out.WriteString(fmt.Sprintf(", %d answered", n))
 	}
-	return out
+	return out.String()
 }
 
 // envelopeOf reads a command of a transcript.

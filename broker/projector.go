@@ -24,6 +24,9 @@ type projector struct {
 	maxAge  time.Duration // of what the log keeps
 	logger  *slog.Logger
 	metrics *projectionMetrics
+
+	// post is the watch over the stream while it is held; nil where nothing is watched. Owned by hold.
+	post *post
 }
 
 const (
@@ -81,12 +84,13 @@ func (p *projector) hold(ctx context.Context) error {
 	defer it.Stop()
 	proj := newProjection(p.nc, p.r, p.lease, p.budget, p.metrics, p.logger)
 	proj.work = &dispatch{from: read}
-	proj.post = p.dog.post(p.stream, p.lease)
-	defer proj.post.leave()
+	p.post = p.dog.post(p.stream, p.lease)
+	defer p.post.leave()
+	proj.post = p.post
 	beside, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { p.sweepRegistry(beside) })
-	wg.Go(func() { proj.post.learn(beside) })
+	wg.Go(func() { p.post.learn(beside) })
 	defer wg.Wait()
 	defer stop()
 	read, err = p.project(ctx, it, proj, read)

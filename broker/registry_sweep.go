@@ -49,7 +49,8 @@ func (p *projector) sweepBefore(ctx context.Context, before time.Time) (int, err
 			if !record.GetUpdated().AsTime().Before(before) {
 				return removed, nil
 			}
-			ln := laneOf(schema.SessionID{Tenant: record.GetTenant(), Name: record.GetSession()})
+			id := schema.SessionID{Tenant: record.GetTenant(), Name: record.GetSession()}
+			ln := laneOf(id)
 			if p.r.logOf(ln) != p.stream {
 				continue
 			}
@@ -64,6 +65,7 @@ func (p *projector) sweepBefore(ctx context.Context, before time.Time) (int, err
 			if err := registry.Purge(ctx, jetstream.WithPurgeSubject(m.subject), jetstream.WithPurgeSequence(m.seq+1)); err != nil {
 				return removed, err
 			}
+			p.post.forget(id)
 			removed++
 		}
 	}

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"tidemark/schema"
@@ -180,7 +179,7 @@ func (d *watchdog) readLeases(ctx context.Context) error {
 		if meta.Sequence.Consumer != last+1 {
 			return errors.New("broker: leases were lost on their way")
 		}
-		d.takeLease(strings.TrimPrefix(msg.Subject(), presencePrefix), &stored{header: nats.Header(msg.Headers()), data: msg.Data()})
+		d.takeLease(strings.TrimPrefix(msg.Subject(), presencePrefix), &stored{header: msg.Headers(), data: msg.Data()})
 		if meta.NumPending == 0 {
 			d.knowLeases()
 		}

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -31,14 +32,19 @@ func (v *verdict) kind() string {
 	return codeOrphaned
 }
 
+// errNotHeld: the stream may be another broker's by now, which watches it then.
+var errNotHeld = errors.New("broker: the stream may be held by another")
+
 // say says a verdict, and has the session looked at again where that does not settle it.
 func (d *watchdog) say(ctx context.Context, v verdict) {
 	saying, cancel := context.WithTimeout(ctx, verdictWithin)
 	defer cancel()
-	err := v.post.guard.fresh(saying)
+	var err error
 	var s *Submission
 	var now *state // where the session stands, if it was read
-	if err == nil {
+	if v.post.hold.stale() {
+		err = errNotHeld
+	} else {
 		s, now, err = d.word(saying, v)
 	}
 	if err == nil && s != nil {
@@ -70,7 +76,7 @@ func (d *watchdog) settle(ctx context.Context, v verdict, stored bool, now *stat
 	case stored:
 		d.metrics.verdicts.WithLabelValues(v.kind()).Inc()
 		d.logger.Info("the watchdog said what nobody else did", "session", v.id.String(), "run", v.run, "question", v.prompt, "verdict", v.kind())
-	case err != nil && code == schema.Code_CODE_CONFLICT, ctx.Err() != nil, now != nil && code != schema.Code_CODE_INVALID_RESPONSE:
+	case err != nil && code == schema.Code_CODE_CONFLICT, errors.Is(err, errNotHeld), ctx.Err() != nil, now != nil && code != schema.Code_CODE_INVALID_RESPONSE:
 	default:
 		d.logger.Warn("the watchdog cannot say its verdict", "session", v.id.String(), "run", v.run, "question", v.prompt, "verdict", v.kind(), "error", err)
 	}

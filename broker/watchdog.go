@@ -65,12 +65,16 @@ type post struct {
 	// Static after construction.
 	d      *watchdog
 	stream string
-	guard  guard
+	// hold is the projector's on the stream.
+	hold holding
 
 	// Guarded by watchdog.mu. over holds, while the registry is being read, the sessions of which the projector has said since that nothing is to be watched; nil afterwards.
 	over map[schema.SessionID]bool
 	left bool
 }
+
+// holding says whether the stream may be somebody else's by now. It does not wait: whoever holds the stream renews that by itself.
+type holding interface{ stale() bool }
 
 // ward is a session with a run under way. Guarded by watchdog.mu.
 type ward struct {
@@ -108,11 +112,11 @@ func newWatchdog(r *reader, js jetstream.JetStream, n *notary, orphanAfter time.
 }
 
 // post begins the watch over a stream, whose projector has just taken it over. learn must be called for it, leave at its end.
-func (d *watchdog) post(stream string, g guard) *post {
+func (d *watchdog) post(stream string, h holding) *post {
 	if d == nil {
 		return nil
 	}
-	return &post{d: d, stream: stream, guard: g, over: map[schema.SessionID]bool{}}
+	return &post{d: d, stream: stream, hold: h, over: map[schema.SessionID]bool{}}
 }
 
 // leave ends the watch: the stream is somebody else's now, or nobody's.

@@ -24,10 +24,10 @@ type kennel struct {
 	p   *post
 }
 
-// alwaysFresh is a guard that nobody takes over from.
-type alwaysFresh struct{ guard }
+// alwaysHeld is a stream that nobody takes over.
+type alwaysHeld struct{}
 
-func (alwaysFresh) fresh(context.Context) error { return nil }
+func (alwaysHeld) stale() bool { return false }
 
 func inKennel(t *testing.T, test func(k *kennel)) {
 	t.Helper()
@@ -36,7 +36,7 @@ func inKennel(t *testing.T, test func(k *kennel)) {
 		r := newReader(l.reads, 1)
 		logger := slog.New(slog.NewTextHandler(t.Output(), nil))
 		k := &kennel{T: t, l: l, r: r, dog: newWatchdog(r, l.js, &notary{nc: l.reads, r: r, name: "a broker"}, time.Minute, newWatchdogMetrics(nil), logger)}
-		k.p = k.dog.post(logStreamName(0), alwaysFresh{})
+		k.p = k.dog.post(logStreamName(0), alwaysHeld{})
 		ctx, stop := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() { k.dog.run(ctx) })
@@ -285,7 +285,7 @@ func TestI10_WatchdogIsMistaken(t *testing.T) {
 // TestI10_WatchdogWasFrozen: it did not run while the agent came back and went again; what it remembers of before is void.
 func TestI10_WatchdogWasFrozen(t *testing.T) {
 	d := newWatchdog(nil, nil, nil, time.Minute, newWatchdogMetrics(nil), slog.New(slog.DiscardHandler))
-	p := d.post("LOG_00", alwaysFresh{})
+	p := d.post("LOG_00", alwaysHeld{})
 	id, began := schema.SessionID{Tenant: "default", Name: "s"}, time.Now()
 	d.since = began
 	l := newLife(schema.SessionKind_SESSION_KIND_CHAT)
@@ -331,7 +331,7 @@ func TestI10_WatchdogWasFrozen(t *testing.T) {
 func TestI10_WhenARunIsDue(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		d := newWatchdog(nil, nil, nil, time.Minute, newWatchdogMetrics(nil), slog.New(slog.DiscardHandler))
-		p := d.post("LOG_00", alwaysFresh{})
+		p := d.post("LOG_00", alwaysHeld{})
 		now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 		d.since = now
 		d.leases.edges["e.1"] = true

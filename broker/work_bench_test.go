@@ -63,7 +63,7 @@ func newWorkBench(b *testing.B, d schema.Durability) *workBench {
 }
 
 // worker joins a group and hands what it is handed to got, which settles it.
-func (w *workBench) worker(credit int, got func(i *Item)) *Worker {
+func (w *workBench) worker(credit int, got func(i *Item)) Taker {
 	w.Helper()
 	wake := make(chan struct{}, 1)
 	worker, err := w.log.Join(context.Background(), "default", WorkOptions{Group: "bench", Credit: credit, May: func(string) error { return nil }, Wake: func() { signal(wake) }})

@@ -79,8 +79,10 @@ type heldItem struct {
 	told      bool
 }
 
+var _ Queue = (*JetStreamLog)(nil)
+
 // Join implements [Queue].
-func (l *JetStreamLog) Join(ctx context.Context, tenant string, o WorkOptions) (*Worker, error) {
+func (l *JetStreamLog) Join(ctx context.Context, tenant string, o WorkOptions) (Taker, error) {
 	if err := o.check(); err != nil {
 		return nil, err
 	}

@@ -15,7 +15,7 @@ import (
 type Hand struct {
 	w      *World
 	edge   *Edge
-	worker *broker.Worker
+	worker broker.Taker
 	wake   chan struct{}
 	held   []*broker.Item
 }
