@@ -32,6 +32,7 @@ type held struct {
 	read   uint64       // everything up to here is in out, acknowledged, or not wanted
 	acked  uint64       // of what was sent
 	out    []*TailBatch // oldest first
+	ended  bool         // nothing is acknowledged any more
 	unread float64      // messages of the stream that were not read yet, as the metric counts them
 }
 
@@ -64,12 +65,15 @@ func (h *held) run(ctx, closing context.Context) {
 	reader.Wait()
 	if err != nil {
 		h.m.logger.Warn("a member of an analytics group has lost a partition; what it did not acknowledge is sent to another", "stream", h.stream, "error", err)
+		h.end()
 		h.drop()
 		return
 	}
 	h.unqueue()
 	h.settle(closing)
-	floor := h.drop()
+	floor := h.end()
+	// The member is told when it is done, and has the partition until then: nobody takes it meanwhile, this member neither.
+	defer h.drop()
 	if err := h.release(context.WithoutCancel(ctx), floor); err != nil {
 		h.m.logger.Warn("a member of an analytics group left a partition without giving it back; another takes it in a moment", "stream", h.stream, "error", err)
 		return
@@ -166,20 +170,28 @@ func (h *held) release(ctx context.Context, floor uint64) error {
 	}
 }
 
-// drop ends the member's hold, so that nothing more of it is returned or acknowledged, and returns the checkpoint.
-func (h *held) drop() uint64 {
+// end lets nothing more of the partition be returned or acknowledged, and returns the checkpoint.
+func (h *held) end() uint64 {
 	h.unqueue()
 	m := h.m
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	floor := h.floor()
 	h.forget(0, len(h.out))
+	h.ended = true
 	m.log.tails.unread.Sub(h.unread)
 	h.unread = 0
+	return floor
+}
+
+// drop takes the partition out of the member's hands, who is told.
+func (h *held) drop() {
+	m := h.m
+	m.mu.Lock()
 	delete(m.held, h.partition)
 	m.told = false
 	m.mu.Unlock()
 	notify(m.wake)
-	return floor
 }
 
 // follow reads the partition until ctx ends.

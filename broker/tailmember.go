@@ -116,7 +116,7 @@ func (m *TailMember) Ack(partition uint32, through uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	h := m.held[partition]
-	if h == nil {
+	if h == nil || h.ended {
 		return
 	}
 	for len(h.out) > 0 && h.out[0].sent && h.out[0].Through <= through {
