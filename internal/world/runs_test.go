@@ -202,7 +202,7 @@ func TestI10_BrokerRestarts(t *testing.T) {
 		release := map[string]func(){}
 		for i := range 20 {
 			s := fmt.Sprint("long ago ", i)
-			release[s] = w.Edge(i % 2).begin(s, "r")
+			release[s] = w.Edge(i%2).begin(s, "r")
 		}
 		w.Edge(0).says("asked", promptFor(2*time.Minute))
 		w.Settle()
