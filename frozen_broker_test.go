@@ -23,7 +23,7 @@ func TestI10_FrozenBroker(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := node.Shutdown(context.Background()); err != nil {
+		if err := node.Shutdown(context.WithoutCancel(t.Context())); err != nil {
 			t.Error(err)
 		}
 	})
@@ -48,7 +48,7 @@ func TestI10_FrozenBroker(t *testing.T) {
 		if err := <-over; err != nil {
 			t.Error(err)
 		}
-		if err := log.Close(context.Background()); err != nil {
+		if err := log.Close(context.WithoutCancel(t.Context())); err != nil {
 			t.Error(err)
 		}
 	})
