@@ -116,13 +116,13 @@ func (l *life) String() string {
 		out.WriteString(", run " + s.run)
 	}
 	if s.prompt != 0 {
-		out.WriteString(fmt.Sprintf(", question %d", s.prompt))
+		fmt.Fprintf(&out, ", question %d", s.prompt)
 	}
 	if len(s.options) > 0 {
 		out.WriteString(" of " + strings.Join(s.options, "|"))
 	}
 	if !s.deadline.IsZero() {
-		out.WriteString(fmt.Sprintf(" till %s for %s", s.deadline.Format(time.TimeOnly), s.fallback))
+		fmt.Fprintf(&out, " till %s for %s", s.deadline.Format(time.TimeOnly), s.fallback)
 	}
 	if s.about.request != "" {
 		out.WriteString(", asked by " + s.about.request)
@@ -137,7 +137,7 @@ func (l *life) String() string {
 		out.WriteString([...]string{", cancelled ", " "}[min(i, 1)] + c.run + "/" + c.request)
 	}
 	if n := len(s.answered); n > 0 {
-		out.WriteString(fmt.Sprintf(", %d answered", n))
+		fmt.Fprintf(&out, ", %d answered", n)
 	}
 	return out.String()
 }

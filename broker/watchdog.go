@@ -323,6 +323,7 @@ func (d *watchdog) knowLeases() {
 	for _, w := range d.wards {
 		d.lookAtLease(w, now)
 	}
+	d.metrics.leases.Set(float64(len(d.leases.runs)))
 }
 
 // takeLease takes in a key of the bucket.

@@ -246,3 +246,23 @@ func BenchmarkAccept(b *testing.B) {
 }
 
 var benchSink []byte
+
+// The role that an edge stamped is read back without decoding the envelope, whatever the sender said of it.
+func TestScannedRole(t *testing.T) {
+	for number, name := range Role_name {
+		role := Role(number)
+		claimed := &Envelope{Source: &Source{Subject: "x", Role: Role_ROLE_ADMIN}, Payload: &Envelope_System{System: &System{Message: "m"}}}
+		a, err := NewStamp(&Source{Subject: "somebody", Role: role}).AcceptEnvelope(claimed, time.Unix(1, 0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := Scan(a.Bytes)
+		if err != nil || s.Role() != role {
+			t.Errorf("%s was read back as %s, %v", name, s.Role(), err)
+		}
+	}
+	var none Scanned
+	if none.Role() != Role_ROLE_UNSPECIFIED {
+		t.Errorf("without a source it is %s", none.Role())
+	}
+}
