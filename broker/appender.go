@@ -327,7 +327,8 @@ func (a *appender) bury(s *Submission) {
 			s.finish(Receipt{}, a.log.unavailable(a.id, err))
 			return
 		}
-		if a.st.head == 0 && !a.confirmed {
+		if !a.confirmed {
+			// What is to be deleted is the history that there is now. One that another edge began in the place of the one that is known here would be taken, below, for one that began after the tombstone.
 			a.behind()
 			continue
 		}

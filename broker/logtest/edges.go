@@ -316,6 +316,22 @@ func testDeleteOnAnotherEdge(w *world) {
 	}
 }
 
+// testDeleteTheHistoryThatIsThere deletes through an edge that knew the history before the one there is now: it is that one that goes.
+func testDeleteTheHistoryThatIsThere(w *world) {
+	b := w.otherEdge()
+	for i := range 20 {
+		v := w.of(ID(fmt.Sprint("deleted ", i)))
+		u := b.of(v.id)
+		u.publish(Tokens("m", 3)...)
+		v.delete()
+		v.publish(Tokens("m", 2)...)
+		u.delete()
+		if r := u.publish(Token("m", "a third history")); r.First != 1 {
+			w.Errorf("behind what was deleted an envelope went to %+v", r)
+		}
+	}
+}
+
 func testRestartKeepsAll(w *world) {
 	if w.in.Restart == nil {
 		w.Skip("this log cannot be restarted")

@@ -147,6 +147,7 @@ func cases() []testCase {
 		{"DecidedOnWhatIsAcknowledged", testDecidedOnWhatIsAcknowledged},
 		{"ResumeOnAnotherEdgeAtOnce", testResumeOnAnotherEdgeAtOnce},
 		{"DeleteOnAnotherEdge", testDeleteOnAnotherEdge},
+		{"DeleteTheHistoryThatIsThere", testDeleteTheHistoryThatIsThere},
 		{"I1_RestartKeepsAll", testRestartKeepsAll},
 		{"I3_RestartKnowsRetries", testRestartKnowsRetries},
 		{"I6_ProducersRestored", testProducersRestored},
