@@ -1,0 +1,71 @@
+package world
+
+import (
+	"testing"
+	"time"
+
+	"tidemark/schema"
+)
+
+func callOf(id string) *schema.Envelope {
+	return &schema.Envelope{RequestId: id, Payload: &schema.Envelope_ToolCall{ToolCall: &schema.ToolCall{CallId: id, Name: "ls"}}}
+}
+
+func cancelOfRequest(request, reason string) *schema.Envelope {
+	return cancelOf(&schema.Cancel{Target: &schema.Cancel_RequestId{RequestId: request}, Reason: reason})
+}
+
+// TestI7_OverTheEdges: a worker by every way is handed items as far as its credit goes, settles them, is told within 50 ms of a cancel that came through another edge, and leaves what it holds to a worker elsewhere when its connection is cut.
+func TestI7_OverTheEdges(t *testing.T) {
+	for _, way := range WorkWays() {
+		t.Run(way.String(), func(t *testing.T) {
+			Run(t, Config{Latency: time.Millisecond}, func(w *World) {
+				pub, other := w.Join(w.Edge(0), ProtoSocket, "s"), w.Join(w.Edge(1), ProtoSocket, "s")
+				p := w.Hire(w.Edge(0), way, "s", &schema.WorkSubscribe{Group: "g", Kinds: []string{"tool_call"}, Sessions: []string{"s"}, Credit: 2, AckWaitMs: 60_000, MaxDeliver: 3})
+				pub.Put("s", Token("x"), callOf("a"), callOf("b"), callOf("c"))
+				items := p.WantWork(2)
+				if items[0].GetEnvelope().GetSeq() != 2 || items[1].GetEnvelope().GetSeq() != 3 {
+					t.Errorf("the first two are %v", items)
+				}
+				p.InProgress(items...)
+				p.AckWork(items[0])
+				third := p.WantItem(4)
+				p.NackWorkFor(items[1], 50*time.Second, "busy")
+				p.TermWork(third, "no such tool")
+				p.AckWork(items[0])
+				p.WantWorkRefused(items[0], schema.Code_CODE_WORK_LOST)
+				again := p.WantItem(3)
+
+				began := time.Now()
+				other.Put("s", cancelOfRequest("b", "enough"))
+				gone := p.WantWorkCancelled(again)
+				if took := time.Since(began); took > 50*time.Millisecond || gone.GetReason() != "enough" || gone.GetSeq() == 0 {
+					t.Errorf("a cancel came after %s: %v", took, gone)
+				}
+				next := w.Hire(w.Edge(1), way, "s", &schema.WorkSubscribe{Group: "g", MaxDeliver: 9})
+				next.WantNoWork(time.Second)
+				began = time.Now()
+				p.Cut()
+				it := next.WantItem(3)
+				if took := time.Since(began); took > 100*time.Millisecond || it.GetAttempt() != 3 {
+					t.Errorf("attempt %d came %s after the worker's connection broke", it.GetAttempt(), took)
+				}
+				// It was cancelled before this worker had it.
+				if gone := next.WantWorkCancelled(it); gone.GetReason() != "enough" {
+					t.Errorf("the next worker is told %v", gone)
+				}
+				next.AckWork(it)
+				// What belongs to a request that was cancelled says so when it is handed out.
+				other.Put("s", cancelOfRequest("d", ""))
+				users := w.Hire(w.Edge(1), way, "s", &schema.WorkSubscribe{Group: "users", Kinds: []string{"user_message"}, Sessions: []string{"s"}})
+				u := w.DialAs(w.Edge(0), ProtoSocket, Dial{Token: w.Token(schema.Role_ROLE_USER, "*")}, nil)
+				e := UserMessage("after all")
+				e.RequestId = "d"
+				u.Put("s", e)
+				if i := users.WantWork(1)[0]; !i.GetCancelled() {
+					t.Errorf("the item of a cancelled request is %v", i)
+				}
+			})
+		})
+	}
+}
