@@ -37,17 +37,21 @@ func newWorkBench(b *testing.B, d schema.Durability) *workBench {
 	if err != nil {
 		b.Fatal(err)
 	}
-	ctx, stop := context.WithCancel(context.Background())
+	ctx, stop := context.WithCancel(b.Context())
 	over := make(chan error, 2)
 	go func() { over <- br.Run(ctx) }()
 	go func() { over <- l.Run(ctx) }()
 	w := &workBench{B: b, log: l, js: l.js}
 	b.Cleanup(func() {
-		_ = l.Close(context.Background())
+		ctx := context.WithoutCancel(b.Context())
+		_ = l.Close(ctx)
 		stop()
-		<-over
-		<-over
-		_ = node.Shutdown(context.Background())
+		for range 2 {
+			if err := <-over; err != nil {
+				b.Error(err)
+			}
+		}
+		_ = node.Shutdown(ctx)
 	})
 	for !l.Status().Ready {
 		time.Sleep(10 * time.Millisecond)
@@ -66,7 +70,7 @@ func newWorkBench(b *testing.B, d schema.Durability) *workBench {
 func (w *workBench) worker(credit int, got func(i *Item)) Taker {
 	w.Helper()
 	wake := make(chan struct{}, 1)
-	worker, err := w.log.Join(context.Background(), "default", WorkOptions{Group: "bench", Credit: credit, May: func(string) error { return nil }, Wake: func() { signal(wake) }})
+	worker, err := w.log.Join(w.Context(), "default", WorkOptions{Group: "bench", Credit: credit, May: func(string) error { return nil }, Wake: func() { signal(wake) }})
 	if err != nil {
 		w.Fatal(err)
 	}
@@ -90,12 +94,12 @@ func (w *workBench) worker(credit int, got func(i *Item)) Taker {
 	return worker
 }
 
-var benchStamp = schema.NewStamp(&schema.Source{Subject: "bench", Role: schema.Role_ROLE_USER}) //nolint:gochecknoglobals // a constant
+var benchStamp = schema.NewStamp(&schema.Source{Subject: "bench", Role: schema.Role_ROLE_USER})
 
 func benchMessage(text string) schema.Accepted {
 	a, err := benchStamp.AcceptEnvelope(&schema.Envelope{Payload: &schema.Envelope_UserMessage{UserMessage: &schema.UserMessage{Message: text}}}, time.Now())
 	if err != nil {
-		panic(err) //nolint:forbidigo // of the benchmark's own making
+		panic(err)
 	}
 	return a
 }
@@ -111,7 +115,7 @@ func BenchmarkDispatch(b *testing.B) {
 	for _, d := range []schema.Durability{schema.Durability_DURABILITY_OS, schema.Durability_DURABILITY_FSYNC} {
 		b.Run(schema.DurabilityWord(d), func(b *testing.B) {
 			w := newWorkBench(b, d)
-			ctx := context.Background()
+			ctx := b.Context()
 			came := make(chan time.Time, 1)
 			worker := w.worker(10, func(*Item) { came <- time.Now() })
 			defer worker.Close()
@@ -171,7 +175,7 @@ func BenchmarkWorkThroughput(b *testing.B) {
 			go func() {
 				for n := range b.N {
 					s := &Submission{Envelopes: []schema.Accepted{benchMessage("m")}, Done: func(Receipt, error) {}}
-					w.log.Publish(context.Background(), schema.SessionID{Tenant: "default", Name: fmt.Sprint("s", n%50)}, s)
+					w.log.Publish(b.Context(), schema.SessionID{Tenant: "default", Name: fmt.Sprint("s", n%50)}, s)
 				}
 			}()
 			for range b.N {

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"maps"
 	"sync"
 	"time"
 
@@ -102,9 +103,7 @@ func (l *JetStreamLog) startWatch(g *workGroup, h *heldItem) {
 		next := &cancelWatch{from: h.item.GetSeq(), items: map[*heldItem]*workGroup{h: g}}
 		if w != nil {
 			w.stop()
-			for x, of := range w.items {
-				next.items[x] = of
-			}
+			maps.Copy(next.items, w.items)
 		}
 		var ctx context.Context
 		ctx, next.stop = context.WithCancel(l.storing)

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -41,7 +42,7 @@ func (l *JetStreamLog) Items(ctx context.Context, tenant string, q ItemQuery) (I
 			if w.GetRedrivenFrom() > 0 {
 				return w.group == hash
 			}
-			return s.wants(w.GetSession()) && contains(s.kinds, w.kind)
+			return s.wants(w.GetSession()) && slices.Contains(s.kinds, w.kind)
 		}
 	}
 	next, err := l.list(ctx, workStream, tenant, q.Token, first, q.Limit, func(m *stored) bool {
@@ -68,15 +69,6 @@ func (l *JetStreamLog) Items(ctx context.Context, tenant string, q ItemQuery) (I
 	})
 	page.Next = next
 	return page, err
-}
-
-func contains(kinds []schema.Kind, kind schema.Kind) bool {
-	for _, k := range kinds {
-		if k == kind {
-			return true
-		}
-	}
-	return false
 }
 
 // DeadLetters implements [Queue].

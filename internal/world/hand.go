@@ -17,10 +17,9 @@ type Hand struct {
 	edge   *Edge
 	worker broker.Taker
 	wake   chan struct{}
-	held   []*broker.Item
 }
 
-// Join makes a worker of a group.
+// JoinGroup makes a worker of a group, at the edge's log.
 func (w *World) JoinGroup(e *Edge, o broker.WorkOptions) *Hand {
 	w.t.Helper()
 	h := &Hand{w: w, edge: e, wake: make(chan struct{}, 1)}

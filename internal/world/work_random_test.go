@@ -12,15 +12,14 @@ import (
 
 // crew is the workers of one group, and what the test knows of its items.
 type crew struct {
-	w       *World
-	r       *rand.Rand
-	o       broker.WorkOptions
-	hands   []*Hand
-	inHand  map[*Hand][]*broker.Item
-	acked   map[string]int
-	termed  map[string]bool
-	handed  map[string]int
-	settled map[string]int // by session, how many of its items are, where the group takes them in order
+	w      *World
+	r      *rand.Rand
+	o      broker.WorkOptions
+	hands  []*Hand
+	inHand map[*Hand][]*broker.Item
+	acked  map[string]int
+	termed map[string]bool
+	handed map[string]int
 	// lossy: what was said may not have been heard, so that what was settled may come again.
 	lossy bool
 }

@@ -54,24 +54,24 @@ func TestI7_WhatIsNotSettledComesAgain(t *testing.T) {
 		p := w.Join(w.Edge(0), ProtoSocket, "s")
 		h := w.JoinGroup(w.Edge(0), broker.WorkOptions{Group: "g", AckWait: 10 * time.Second, MaxDeliver: 20, Backoff: []time.Duration{time.Second, 3 * time.Second}})
 		p.Put("s", UserMessage("m"))
-		within := func(i *broker.Item, attempt int, least, most time.Duration, how func()) *broker.Item {
+		within := func(attempt int, least, most time.Duration, how func()) *broker.Item {
 			t.Helper()
 			how()
 			began := time.Now()
-			i = h.Want()
+			i := h.Want()
 			if took := time.Since(began); took < least || took > most || i.Attempt != attempt {
 				t.Errorf("attempt %d came after %s; attempt %d is wanted after %s to %s", i.Attempt, took, attempt, least, most)
 			}
 			return i
 		}
 		i := h.Want()
-		i = within(i, 2, time.Second, 1100*time.Millisecond, func() { h.worker.Nack(i.ID, nil, "") })
-		i = within(i, 3, 3*time.Second, 3100*time.Millisecond, func() { h.worker.Nack(i.ID, nil, "") })
-		i = within(i, 4, 5*time.Second, 5100*time.Millisecond, func() { h.worker.Nack(i.ID, new(5*time.Second), "") })
-		i = within(i, 5, 0, 100*time.Millisecond, func() { h.worker.Nack(i.ID, new(time.Duration(0)), "") })
-		i = within(i, 6, 9*time.Second, 11*time.Second, func() {})
+		i = within(2, time.Second, 1100*time.Millisecond, func() { h.worker.Nack(i.ID, nil, "") })
+		i = within(3, 3*time.Second, 3100*time.Millisecond, func() { h.worker.Nack(i.ID, nil, "") })
+		i = within(4, 5*time.Second, 5100*time.Millisecond, func() { h.worker.Nack(i.ID, new(5*time.Second), "") })
+		i = within(5, 0, 100*time.Millisecond, func() { h.worker.Nack(i.ID, new(time.Duration(0)), "") })
+		i = within(6, 9*time.Second, 11*time.Second, func() {})
 		old := i
-		i = within(i, 7, 9*time.Second, 11*time.Second, func() {
+		i = within(7, 9*time.Second, 11*time.Second, func() {
 			w.Sleep(6 * time.Second)
 			if !h.worker.InProgress(i.ID) {
 				t.Error("the item was lost before its time was over")
@@ -95,7 +95,7 @@ func TestI7_WhatIsNotSettledComesAgain(t *testing.T) {
 // TestI7_DeadLetters: what was handed out as often as allowed, and what nobody can do, is a dead letter, and its session is told, once; redriven, it comes to its group again, once, and may die again.
 func TestI7_DeadLetters(t *testing.T) {
 	Run(t, Config{}, func(w *World) {
-		ctx := context.Background()
+		ctx := t.Context()
 		p := w.Join(w.Edge(0), ProtoSocket, "s")
 		h := w.JoinGroup(w.Edge(0), broker.WorkOptions{Group: "g", AckWait: time.Second, MaxDeliver: 2})
 		bystander := w.JoinGroup(w.Edge(1), broker.WorkOptions{Group: "bystander"})
