@@ -1,7 +1,6 @@
 package world
 
 import (
-	"context"
 	"fmt"
 	"testing"
 	"time"
