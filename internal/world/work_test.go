@@ -94,7 +94,7 @@ func TestI7_WhatIsNotSettledComesAgain(t *testing.T) {
 // TestI7_DeadLetters: what was handed out as often as allowed, and what nobody can do, is a dead letter, and its session is told, once; redriven, it comes to its group again, once, and may die again.
 func TestI7_DeadLetters(t *testing.T) {
 	Run(t, Config{}, func(w *World) {
-		ctx := t.Context()
+		ctx := w.t.Context()
 		p := w.Join(w.Edge(0), ProtoSocket, "s")
 		h := w.JoinGroup(w.Edge(0), broker.WorkOptions{Group: "g", AckWait: time.Second, MaxDeliver: 2})
 		bystander := w.JoinGroup(w.Edge(1), broker.WorkOptions{Group: "bystander"})
