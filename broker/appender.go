@@ -226,7 +226,8 @@ func (a *appender) store(batch []*Submission) {
 			if batch, err = a.handOver(ctx, edge, batch); err != nil {
 				// Whether the other edge stores them all the same, the frames that are read before the next race will tell.
 				a.log.logger.Info("hand-over failed; appending here", "session", a.id.String(), "to", edge, "error", err)
-				a.rival, losses = "", 0
+				// The head that is read now may still be the other edge's, though that is dead: only losing again leads back to it.
+				a.rival, a.lean, losses = "", "", 0
 				a.behind()
 			}
 			continue

@@ -91,6 +91,31 @@ func TestI2_AFloodOnOneEdgeStarvesNobodyOnAnother(t *testing.T) {
 	})
 }
 
+// TestI2_TheWinnerOfTheRacesDies: who has handed over to an edge that is dead now appends by himself, though the session's last frame is still that edge's.
+func TestI2_TheWinnerOfTheRacesDies(t *testing.T) {
+	Run(t, Config{Latency: time.Millisecond}, func(w *World) {
+		flood := w.Write("s", WriterOptions{Edges: []*Edge{w.Edge(0)}, Producer: "flood", Window: 128})
+		slow := w.Write("s", WriterOptions{Ways: []Way{GRPC}, Edges: []*Edge{w.Edge(1)}, Window: 1})
+		flood.SendEach(Tokens("f", 100_000))
+		n := 0
+		put := func() {
+			n++
+			slow.Send(UserMessage(fmt.Sprint("slow ", n)))
+			slow.WaitAcked(n)
+		}
+		for w.Edge(1).Counted("tidemark_log_hand_overs_total") < 3 {
+			put()
+		}
+		w.KillEdge(w.Edge(0))
+		began := time.Now()
+		put()
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("a publish was acknowledged %s after the edge that wins the races died", took)
+		}
+		flood.Stop()
+	})
+}
+
 // TestI2_AFloodStarvesNobodyInRealTime is the same by the real clock, as quick as the machine is.
 func TestI2_AFloodStarvesNobodyInRealTime(t *testing.T) {
 	if !slow() {
