@@ -29,7 +29,17 @@ func systemSource() *schema.Source {
 // giveUp makes a dead letter of an item that is in nobody's hands any more.
 func (g *workGroup) giveUp(h *heldItem, s groupSettings, attempts int, reason string) {
 	l := g.log
+	g.mu.Lock()
+	g.busy++
+	g.mu.Unlock()
 	l.appending.Go(func() {
+		defer func() {
+			g.forget(h)
+			g.mu.Lock()
+			g.busy--
+			g.mu.Unlock()
+			g.ask()
+		}()
 		select {
 		case l.giving <- struct{}{}:
 			defer func() { <-l.giving }()
@@ -51,7 +61,7 @@ func (g *workGroup) giveUp(h *heldItem, s groupSettings, attempts int, reason st
 func (l *JetStreamLog) writeOff(ctx context.Context, k groupKey, w *workItem, attempts int, reason string) error {
 	subject := letterSubject("dead", k.name, w.id(), w.GetEpoch(), w.GetSeq())
 	rec, rev, err := l.writeLetter(ctx, subject, k, w, attempts, reason)
-	if err != nil || rec.WorkSeq != w.seq || rec.Telling == nil {
+	if err != nil || rec == nil || rec.WorkSeq != w.seq || rec.Telling == nil {
 		// Written before, and all that follows; or a later life of the item has been given up already.
 		return err
 	}
@@ -67,7 +77,7 @@ func (l *JetStreamLog) writeOff(ctx context.Context, k groupKey, w *workItem, at
 	return err
 }
 
-// writeLetter writes the record, unless there is one of this item, or a newer, and returns what there is.
+// writeLetter writes the record, unless there is one of this item, or a newer, and returns what there is. Nil where the history is over: what was deleted leaves no letter.
 func (l *JetStreamLog) writeLetter(ctx context.Context, subject string, k groupKey, w *workItem, attempts int, reason string) (*schema.DeadRecord, uint64, error) {
 	for {
 		rec, rev, err := l.letter(ctx, subject)
@@ -75,17 +85,17 @@ func (l *JetStreamLog) writeLetter(ctx context.Context, subject string, k groupK
 			return rec, rev, err
 		}
 		s, err := l.Session(ctx, w.id())
-		if err != nil && schema.CodeOf(err) != schema.Code_CODE_SESSION_NOT_FOUND {
+		if schema.CodeOf(err) == schema.Code_CODE_SESSION_NOT_FOUND || err == nil && s.GetEpoch() != w.GetEpoch() {
+			return nil, 0, nil
+		}
+		if err != nil {
 			return nil, 0, err
 		}
 		item, err := w.encode()
 		if err != nil {
 			return nil, 0, err
 		}
-		rec = &schema.DeadRecord{Group: k.name, WorkSeq: w.seq, Attempts: uint32(attempts), Reason: clipReason(reason), Time: timestamppb.Now(), Item: new(schema.WorkItem)}
-		if s.GetEpoch() == w.GetEpoch() {
-			rec.Telling = new(s.GetHeadSeq())
-		}
+		rec = &schema.DeadRecord{Group: k.name, WorkSeq: w.seq, Attempts: uint32(attempts), Reason: clipReason(reason), Time: timestamppb.Now(), Item: new(schema.WorkItem), Telling: new(s.GetHeadSeq())}
 		if err := proto.Unmarshal(item, rec.Item); err != nil {
 			return nil, 0, err
 		}
@@ -158,12 +168,17 @@ func (l *JetStreamLog) tellFailed(ctx context.Context, subject string, k groupKe
 
 // appendOnce appends an envelope whose id says whether it is there, behind seq `after` of the history; not where that history is over, or has ended and takes nothing more.
 func (l *JetStreamLog) appendOnce(ctx context.Context, id schema.SessionID, epoch string, after uint64, a schema.Accepted) error {
-	for {
+	for try := 1; ; try++ {
 		head, there, err := l.look(ctx, id, epoch, after, a)
 		if there || err != nil {
 			return overIsDone(err)
 		}
-		_, err = Append(ctx, l, id, Submission{Envelopes: []schema.Accepted{a}, Expected: &head})
+		s := Submission{Envelopes: []schema.Accepted{a}, Expected: &head}
+		if try > 3 {
+			// Others never pause. What was not there a moment ago the session's memory for ids tells from now on.
+			s.Expected = nil
+		}
+		_, err = Append(ctx, l, id, s)
 		if schema.CodeOf(err) != schema.Code_CODE_CONFLICT || err == nil {
 			return overIsDone(err)
 		}

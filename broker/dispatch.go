@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"strings"
@@ -62,7 +63,7 @@ func (p *projection) makeWork(s *projected, f *frame, seq uint64, e schema.Scann
 		WorkItem: &schema.WorkItem{
 			Tenant: s.id.Tenant, Session: s.id.Name, Epoch: f.Epoch, Seq: seq, Through: f.StreamSeq, Stored: timestamppb.New(f.Time), RunId: s.st.run, Cancelled: s.st.cancelledWork(e),
 		},
-		kind: e.Kind, envelope: raw,
+		kind: e.Kind, envelope: bytes.Clone(raw), // not all of its frame
 	}})
 	d.bytes += len(raw)
 }
@@ -160,7 +161,7 @@ func (p *projection) storeItem(ctx context.Context, s *projected, w *workItem) e
 	}
 	rev, err := publishFenced(ctx, p.nc, workSubject(s.ln, w.kind), data, end.rev)
 	if err != nil {
-		if api, ok := errors.AsType[*jetstream.APIError](err); ok && api.ErrorCode == errCodeWrongLastSequence {
+		if isConflict(err) {
 			p.metrics.conflicts.Inc()
 		}
 		// Whatever it was, the lane may be another than it was read to be: it is read again.
@@ -220,6 +221,7 @@ func (p *projection) workGraves(ctx context.Context, js jetstream.JetStream, ln 
 		{workStream, "work." + tenant + ".*." + session},
 		{workStream, "redrive." + tenant + ".*." + session + ".>"},
 		{deadStream, "dead." + tenant + ".*." + session + ".>"},
+		{orderStream, "order." + tenant + ".*." + session},
 	} {
 		s, err := js.Stream(ctx, x.stream)
 		if err != nil {

@@ -85,7 +85,9 @@ type JetStreamLog struct {
 	// giving holds a permit for each item that is being given up.
 	giving  chan struct{}
 	workIDs atomic.Uint64 // of deliveries
-	cancels cancelWatches
+	// workBytes is what the items take that are on this edge.
+	workBytes atomic.Int64
+	cancels   cancelWatches
 
 	workMu     sync.Mutex // guards groups and workClosed
 	groups     map[groupKey]*workGroup

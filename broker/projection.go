@@ -390,7 +390,12 @@ func (p *projection) drop(s *projected) {
 		return w.s == s
 	})
 	if p.work != nil {
-		p.work.items = slices.DeleteFunc(p.work.items, func(x *pendingItem) bool { return x.s == s })
+		p.work.items = slices.DeleteFunc(p.work.items, func(x *pendingItem) bool {
+			if x.s == s {
+				p.work.bytes -= len(x.item.envelope)
+			}
+			return x.s == s
+		})
 	}
 }
 

@@ -35,6 +35,7 @@ type Taker interface {
 	Nack(id uint64, delay *time.Duration, reason string) bool
 	InProgress(id uint64) bool
 	Term(id uint64, reason string) bool
+	Retire()
 	Close()
 }
 

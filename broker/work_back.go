@@ -2,11 +2,8 @@ package broker
 
 import (
 	"context"
-	"errors"
 	"strconv"
 	"time"
-
-	"github.com/nats-io/nats.go/jetstream"
 
 	"tidemark/schema"
 )
@@ -59,9 +56,8 @@ func (g *workGroup) countUnhanded(ctx context.Context, h *heldItem) error {
 			return err
 		}
 		_, err = publishFenced(ctx, g.log.conn, g.unhandedSubject(h), strconv.AppendInt(nil, int64(n+1), 10), rev)
-		if api, ok := errors.AsType[*jetstream.APIError](err); ok && api.ErrorCode == errCodeWrongLastSequence {
-			continue
+		if !isConflict(err) {
+			return err
 		}
-		return err
 	}
 }

@@ -15,8 +15,16 @@ import (
 // after: most items are settled before.
 type cancelWatches struct {
 	mu sync.Mutex // guards all below; never held while a group's mu is wanted
-	of map[schema.SessionID]*cancelWatch
+	of map[history]*cancelWatch
 }
+
+// history is one history of a session.
+type history struct {
+	id    schema.SessionID
+	epoch string
+}
+
+func historyOf(h *heldItem) history { return history{h.item.id(), h.item.GetEpoch()} }
 
 // cancelWatch follows the cancels of a session from behind a seq.
 type cancelWatch struct {
@@ -67,11 +75,11 @@ func (l *JetStreamLog) unwatchCancel(h *heldItem) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	h.unwatched = true
-	id := h.item.id()
-	if w := c.of[id]; w != nil {
+	at := historyOf(h)
+	if w := c.of[at]; w != nil {
 		if delete(w.items, h); len(w.items) == 0 {
 			w.stop()
-			delete(c.of, id)
+			delete(c.of, at)
 		}
 	}
 }
@@ -87,10 +95,10 @@ func (l *JetStreamLog) startWatch(g *workGroup, h *heldItem) {
 		return
 	}
 	if c.of == nil {
-		c.of = make(map[schema.SessionID]*cancelWatch)
+		c.of = make(map[history]*cancelWatch)
 	}
-	id := h.item.id()
-	w := c.of[id]
+	at := historyOf(h)
+	w := c.of[at]
 	var hits []seenCancel
 	if w != nil && w.from <= h.item.GetSeq() {
 		w.items[h] = g
@@ -107,8 +115,8 @@ func (l *JetStreamLog) startWatch(g *workGroup, h *heldItem) {
 		}
 		var ctx context.Context
 		ctx, next.stop = context.WithCancel(l.storing)
-		c.of[id] = next
-		l.appending.Go(func() { l.watch(ctx, id, h.item.GetEpoch(), next) })
+		c.of[at] = next
+		l.appending.Go(func() { l.watch(ctx, at, next) })
 	}
 	c.mu.Unlock()
 	for _, seen := range hits {
@@ -116,28 +124,25 @@ func (l *JetStreamLog) startWatch(g *workGroup, h *heldItem) {
 	}
 }
 
-// watch follows the session while it has items in hand.
-func (l *JetStreamLog) watch(ctx context.Context, id schema.SessionID, epoch string, w *cancelWatch) {
-	defer w.stop()
-	go func() {
-		select {
-		case <-l.closing:
-			w.stop()
-		case <-ctx.Done():
+// watch follows the session while it has items in hand, which is until its history is over at the latest.
+func (l *JetStreamLog) watch(ctx context.Context, of history, w *cancelWatch) {
+	defer func() {
+		w.stop()
+		l.cancels.mu.Lock()
+		defer l.cancels.mu.Unlock()
+		if l.cancels.of[of] == w {
+			delete(l.cancels.of, of)
 		}
 	}()
 	var retry backoff
 	for at := w.from; ; {
-		f, err := l.Follow(ctx, id, FollowOptions{Start: Start{After: at}, Epoch: epoch, Kinds: []schema.Kind{schema.KindCancel}})
+		f, err := l.Follow(ctx, of.id, FollowOptions{Start: Start{After: at}, Epoch: of.epoch, Kinds: []schema.Kind{schema.KindCancel}})
 		if err == nil {
+			retry = backoff{}
 			at, err = l.readCancels(ctx, f, w)
 			f.Close()
 		}
-		if ctx.Err() != nil || schema.CodeOf(err) != schema.Code_CODE_UNAVAILABLE {
-			// It was deleted, and its work with it.
-			return
-		}
-		if !retry.wait(ctx, err) {
+		if ctx.Err() != nil || schema.CodeOf(err) != schema.Code_CODE_UNAVAILABLE || !retry.wait(ctx, err) {
 			return
 		}
 	}

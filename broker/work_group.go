@@ -30,6 +30,8 @@ const (
 	joinAttempt = 2 * time.Second
 	// maxInHand bounds the items of a group that are in hand anywhere at once.
 	maxInHand = 100_000
+	// maxTenantGroups bounds a tenant's share of maxGroups.
+	maxTenantGroups = 512
 	// maxFilters bounds the subjects that a consumer filters by; where a group's sessions would need more, the edges pass over what it does not want.
 	maxFilters = 64
 )
@@ -153,11 +155,16 @@ func (s groupSettings) into(k groupKey, c jetstream.ConsumerConfig) (jetstream.C
 		c.Metadata[name] = string(text)
 	}
 	// The edges count the time, so that nobody gets an item while another has it; the server's is for those that die.
-	c.Durable, c.AckPolicy, c.AckWait = k.consumer(), jetstream.AckExplicitPolicy, s.ackWait+min(max(s.ackWait/10, 50*time.Millisecond), time.Second)
+	c.Durable, c.AckPolicy, c.AckWait = k.consumer(), jetstream.AckExplicitPolicy, max(c.AckWait, s.ackWait+patienceFor(s.ackWait))
 	// The edges count: they know what became of an item that was handed out for the last time, and write it down before it is settled.
 	c.MaxDeliver, c.MaxAckPending = -1, maxInHand
 	c.FilterSubject, c.FilterSubjects = "", s.filters(k)
 	return c, nil
+}
+
+// patienceFor is how much longer the server waits for an answer than the edges do. It never waits less than it did: what is in hand has the deadline of its time.
+func patienceFor(ackWait time.Duration) time.Duration {
+	return min(max(ackWait/10, 50*time.Millisecond), time.Second)
 }
 
 // settingsOf reads them back. The error says that the consumer is not one of Tidemark's.
@@ -255,26 +262,28 @@ func words(kinds []schema.Kind) string {
 	return strings.Join(all, ", ")
 }
 
-// settle makes the group what it is with a worker that joins: begins it, or changes what the worker names. Nobody joins, or changes, a group that takes sessions which his token gives no access to.
-func (l *JetStreamLog) settleGroup(ctx context.Context, k groupKey, o WorkOptions) (groupSettings, error) {
+// settleGroup makes the group what it is with a worker that joins: begins it, or changes what the worker names. Nobody joins, or changes, a group that takes sessions which his token gives no access to.
+// at is when the reading of the settings began.
+func (l *JetStreamLog) settleGroup(ctx context.Context, k groupKey, o WorkOptions) (s groupSettings, at time.Time, err error) {
 	var retry backoff
 	for {
 		// A request whose connection broke is never answered.
 		attempt, cancel := context.WithTimeout(ctx, joinAttempt)
-		s, err := l.tryGroup(attempt, k, o)
+		at = time.Now()
+		s, err = l.tryGroup(attempt, k, o)
 		cancel()
 		if err == nil {
-			return s, nil
+			return s, at, nil
 		}
 		if _, refused := errors.AsType[*schema.Refusal](err); refused {
-			return s, err
+			return s, at, err
 		}
 		// Two who begin or change it at once, or NATS that is away for a moment.
 		if !retry.wait(ctx, errNotStored) {
 			if ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				return s, ctx.Err()
+				return s, at, ctx.Err()
 			}
-			return s, &schema.Refusal{Code: schema.Code_CODE_UNAVAILABLE, Err: err, Message: "Group \"" + k.name + "\" cannot be joined just now; try again in a moment."}
+			return s, at, &schema.Refusal{Code: schema.Code_CODE_UNAVAILABLE, Err: err, Message: "Group \"" + k.name + "\" cannot be joined just now; try again in a moment."}
 		}
 	}
 }
@@ -295,7 +304,12 @@ func (l *JetStreamLog) tryGroup(ctx context.Context, k groupKey, o WorkOptions) 
 		if err := o.covers(s); err != nil {
 			return s, err
 		}
+		if err := l.roomForGroup(ctx, stream, k); err != nil {
+			return s, err
+		}
 		if c, err = s.into(k, c); err == nil {
+			// A group that nobody has worked for in all that time has nothing left to be handed out.
+			c.InactiveThreshold = stream.CachedInfo().Config.MaxAge
 			_, err = stream.CreateConsumer(ctx, c)
 		}
 		return s, err
@@ -321,7 +335,29 @@ func (l *JetStreamLog) tryGroup(ctx context.Context, k groupKey, o WorkOptions) 
 	if err == nil {
 		_, err = stream.UpdateConsumer(ctx, c)
 	}
-	return next, err
+	if err != nil {
+		return s, err
+	}
+	// Another may have changed it on top of what was read before: it is so when it is read so.
+	return l.tryGroup(ctx, k, o)
+}
+
+// roomForGroup refuses a group where its tenant has as many as it may.
+func (l *JetStreamLog) roomForGroup(ctx context.Context, stream jetstream.Stream, k groupKey) error {
+	n := 0
+	all := stream.ListConsumers(ctx)
+	for info := range all.Info() {
+		if info.Config.Metadata[metaTenant] == k.tenant {
+			n++
+		}
+	}
+	if err := all.Err(); err != nil {
+		return err
+	}
+	if n >= maxTenantGroups {
+		return schema.Refuse(schema.Code_CODE_LIMIT_EXCEEDED, "There are %d groups, as many as a tenant may have; use one that there is. One that nobody works for goes by itself when all that it could be handed has expired.", n)
+	}
+	return nil
 }
 
 // covers checks that the worker may have every item of the group.

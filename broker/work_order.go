@@ -3,12 +3,12 @@ package broker
 import (
 	"context"
 	"errors"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 
 	"tidemark/schema"
 )
@@ -39,6 +39,9 @@ const (
 	rememberedOrders = 10_000
 	// orderLook is how long an item waits to hear of the one before it; then it is asked for.
 	orderLook = time.Second
+	// maxParked bounds the items that wait on one edge for those before them. One that has no room comes again after parkAgain.
+	maxParked = 1000
+	parkAgain = 5 * time.Second
 )
 
 func newWorkOrder(g *workGroup) (*workOrder, error) {
@@ -90,21 +93,25 @@ func (o *workOrder) passed(h *heldItem) bool {
 	return h.predecessor <= o.floor || h.predecessor <= o.at[h.item.GetSession()]
 }
 
-// park lets an item wait; false where too many do. Called with mu held.
-func (o *workOrder) park(h *heldItem) bool {
-	if o.count >= maxParked {
-		return false
-	}
-	if o.count == 0 {
-		o.since = time.Now()
-	}
+// park lets an item wait. It returns the one that has to go for it, as its turn is the furthest away; nil for none. Called with mu held.
+func (o *workOrder) park(h *heldItem) (out *heldItem) {
 	session := h.item.GetSession()
 	for i, x := range o.parked[session] {
 		if x.item.seq == h.item.seq {
 			// The server has lost patience with the one that is here.
+			o.g.forget(x)
 			o.parked[session][i] = h
-			return true
+			return nil
 		}
+	}
+	if o.count >= maxParked {
+		if out = o.furthest(); out.item.seq < h.item.seq {
+			return h
+		}
+		o.unpark(out)
+	}
+	if o.count == 0 {
+		o.since = time.Now()
 	}
 	o.count++
 	o.parked[session] = append(o.parked[session], h)
@@ -112,14 +119,40 @@ func (o *workOrder) park(h *heldItem) bool {
 		// Whether it has to wait is not known here yet, as after a restart.
 		o.g.log.appending.Go(func() { o.read(session) })
 	}
-	return true
+	return out
+}
+
+// furthest is the item that has come last into WORK. Called with mu held, while there are many.
+func (o *workOrder) furthest() (last *heldItem) {
+	for _, items := range o.parked {
+		for _, h := range items {
+			if last == nil || h.item.seq > last.item.seq {
+				last = h
+			}
+		}
+	}
+	return last
+}
+
+// unpark takes out an item. Called with mu held.
+func (o *workOrder) unpark(h *heldItem) {
+	session := h.item.GetSession()
+	left := slices.DeleteFunc(o.parked[session], func(x *heldItem) bool { return x == h })
+	if o.parked[session] = left; len(left) == 0 {
+		delete(o.parked, session)
+	}
+	o.count--
 }
 
 // release lets go the items of a session that need not wait any more, and returns those that were handed out often enough before. Called with mu held.
 func (o *workOrder) release(session string) (spent []*heldItem) {
 	var left []*heldItem
+	now := time.Now()
 	for _, h := range o.parked[session] {
 		switch {
+		case now.Sub(h.came) > o.g.settings.ackWait:
+			// The server has given it to others.
+			o.g.forget(h)
 		case !o.passed(h):
 			left = append(left, h)
 			continue
@@ -224,7 +257,7 @@ func (o *workOrder) pass(h *heldItem, then func()) {
 			seq, rev, err := o.register(ctx, session)
 			if err == nil && seq < h.item.seq {
 				_, err = publishFenced(ctx, l.conn, orderSubject(o.g.key, schema.EscapeToken(session)), strconv.AppendUint(nil, h.item.seq, 10), rev)
-				if api, ok := errors.AsType[*jetstream.APIError](err); ok && api.ErrorCode == errCodeWrongLastSequence {
+				if isConflict(err) {
 					continue
 				}
 			}
@@ -232,6 +265,7 @@ func (o *workOrder) pass(h *heldItem, then func()) {
 				break
 			}
 			if !retry.wait(ctx, errNotStored) {
+				o.g.forget(h)
 				l.logger.Warn("a work item was settled, but its place in the order of its session could not be stored; it is handed out again", "group", o.g.key.name, "session", h.item.id().String(), "seq", h.item.GetSeq(), "error", err)
 				return
 			}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"tidemark/schema"
 )
@@ -19,18 +20,20 @@ const (
 	askGrace = 2 * time.Second
 	// groupTick is how often a group looks after requests that failed, and after items that wait for others.
 	groupTick = 500 * time.Millisecond
-	// settingsFor is how long an edge goes by the settings that it read.
+	// settingsFor is how long an edge goes by the settings that it read; refreshGap is the least between two reads.
 	settingsFor = 10 * time.Second
-	// maxSpare bounds the items that are here though no worker has room for them.
-	maxSpare = schema.MaxWorkCredit
-	// maxParked bounds the items, of a group that takes them in order, that wait on one edge for those before them.
-	maxParked = 1000
+	refreshGap  = 20 * time.Millisecond
+	// maxWorkBytes bounds the items of all groups on an edge, in bytes; then no more are asked for, but one for a group that has none. askBytes is the least that is asked for at once: an item of the largest size fits.
+	maxWorkBytes = 128 << 20
+	askBytes     = 2 << 20
+	// drainWithin is how long a group that ends waits for what is on its way to it.
+	drainWithin = time.Second
 )
 
 // workGroup is a group on this edge: it asks for as many items as its workers here have room for, and hands them out. It is there while it has workers.
 //
 // What a worker holds is counted against its credit from the moment that it is assigned; no more is asked for than there is room for all told. An item that comes though there is no room, because a worker left
-// or a request that was thought lost was not, goes back at once.
+// or a request that was thought lost was not, waits here or goes back.
 type workGroup struct {
 	// Static after construction.
 	log      *JetStreamLog
@@ -38,17 +41,24 @@ type workGroup struct {
 	consumer string
 	inbox    string
 	over     chan struct{} // closed when the last worker has left
+	drained  chan struct{} // closed when nothing more comes from the subscription
 	sub      *nats.Subscription
 
-	mu       sync.Mutex // guards all below; never held while Wake is called, or NATS
+	mu       sync.Mutex // guards all below; never held while Wake is called, or NATS is asked
 	settings groupSettings
-	settled  time.Time // when the settings were read
+	settled  time.Time // when the reading of the settings began
+	reading  bool      // somebody reads them
 	workers  []*Worker
 	turn     int   // the worker that is served next
 	asks     []ask // the oldest first
-	held     map[uint64]*heldItem
-	// spare are items that no worker has room for just now.
-	spare  []*heldItem
+	askedOne time.Time
+	held     map[uint64]*heldItem // in workers' hands, by delivery
+	// spare are items that no worker has room for just now, doubtful those that the settings, as they were read last, do not want.
+	spare, doubtful []*heldItem
+	// busy counts the items that are looked up, or given up.
+	busy int
+	// unsaid has, by place in WORK, the items that are done and of which the server could not be told.
+	unsaid map[uint64]string
 	order  *workOrder // nil where the group takes items in any order
 	closed bool
 }
@@ -57,26 +67,6 @@ type workGroup struct {
 type ask struct {
 	left int
 	at   time.Time
-}
-
-// heldItem is a delivery of an item to this edge.
-type heldItem struct {
-	item    *workItem
-	work    Item
-	ack     string // where its answers go
-	worker  *Worker
-	attempt int
-	timer   *time.Timer // ends it with its deadline
-	// predecessor is the item that must be settled before, in WORK; 0 for none.
-	predecessor uint64
-	// came is when the server was last told, by asking for the item or since, that it is here. For items that no worker holds.
-	came time.Time
-
-	// watch begins to look after cancels; request is the envelope's, set by it. unwatched is guarded by the watches' mu: it is over. told is guarded by the group's: the worker knows of a cancel.
-	watch     *time.Timer
-	request   string
-	unwatched bool
-	told      bool
 }
 
 var _ Queue = (*JetStreamLog)(nil)
@@ -95,17 +85,17 @@ func (l *JetStreamLog) Join(ctx context.Context, tenant string, o WorkOptions) (
 		return nil, err
 	}
 	k := groupKey{tenant, o.Group}
-	settings, err := l.settleGroup(ctx, k, o)
+	settings, at, err := l.settleGroup(ctx, k, o)
 	if err != nil {
 		return nil, err
 	}
 	for {
-		g, err := l.groupHere(k, settings)
+		g, err := l.groupHere(k, settings, at)
 		if err != nil {
 			return nil, err
 		}
 		w := &Worker{group: g, credit: o.Credit, wake: o.Wake}
-		if g.enter(w, settings) {
+		if g.enter(w, settings, at) {
 			g.ask()
 			return w, nil
 		}
@@ -114,7 +104,7 @@ func (l *JetStreamLog) Join(ctx context.Context, tenant string, o WorkOptions) (
 }
 
 // groupHere finds the group on this edge, or makes it.
-func (l *JetStreamLog) groupHere(k groupKey, s groupSettings) (*workGroup, error) {
+func (l *JetStreamLog) groupHere(k groupKey, s groupSettings, at time.Time) (*workGroup, error) {
 	l.workMu.Lock()
 	defer l.workMu.Unlock()
 	if l.workClosed {
@@ -123,77 +113,46 @@ func (l *JetStreamLog) groupHere(k groupKey, s groupSettings) (*workGroup, error
 	if g := l.groups[k]; g != nil {
 		return g, nil
 	}
-	g := &workGroup{log: l, key: k, consumer: k.consumer(), inbox: l.conn.NewInbox(), over: make(chan struct{}), settings: s, settled: time.Now(), held: map[uint64]*heldItem{}}
-	sub, err := l.conn.Subscribe(g.inbox, g.deliver)
-	if err != nil {
+	g := &workGroup{
+		log: l, key: k, consumer: k.consumer(), inbox: l.conn.NewInbox(), over: make(chan struct{}), drained: make(chan struct{}), settings: s, settled: at,
+		held: map[uint64]*heldItem{}, unsaid: map[uint64]string{},
+	}
+	var err error
+	if g.sub, err = l.conn.Subscribe(g.inbox, g.deliver); err != nil {
 		return nil, unreadable(err)
 	}
+	g.sub.SetClosedHandler(func(string) { close(g.drained) })
 	// What comes is bounded by what is asked for.
-	if err := sub.SetPendingLimits(-1, -1); err != nil {
-		return nil, unreadable(err)
+	err = g.sub.SetPendingLimits(-1, -1)
+	if err == nil && s.ordered {
+		g.order, err = newWorkOrder(g)
 	}
-	g.sub = sub
-	if s.ordered {
-		if g.order, err = newWorkOrder(g); err != nil {
-			return nil, unreadable(err)
-		}
+	if err != nil {
+		_ = g.sub.Unsubscribe() // the connection is closed, or is about to be
+		return nil, unreadable(err)
 	}
 	l.groups[k] = g
 	l.appending.Go(g.run)
 	return g, nil
 }
 
-// enter takes a worker in; false where the group is about to go.
-func (g *workGroup) enter(w *Worker, s groupSettings) bool {
+// enter takes a worker in, with the settings as they were read from `at` on; false where the group is about to go.
+func (g *workGroup) enter(w *Worker, s groupSettings, at time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed {
 		return false
 	}
-	g.settings, g.settled = s, time.Now()
+	g.learn(s, at)
 	w.settings = s
 	g.workers = append(g.workers, w)
 	return true
 }
 
-// leave takes a worker out and gives back what it holds.
-func (g *workGroup) leave(w *Worker) {
-	g.mu.Lock()
-	if w.gone {
-		g.mu.Unlock()
-		return
-	}
-	w.gone = true
-	for i, x := range g.workers {
-		if x == w {
-			g.workers = append(g.workers[:i:i], g.workers[i+1:]...)
-			break
-		}
-	}
-	var back, unhanded []*heldItem
-	for _, h := range g.held {
-		if h.worker == w {
-			back = append(back, h)
-			g.drop(h)
-		}
-	}
-	w.queue = nil
-	last := len(g.workers) == 0
-	if last {
-		g.closed = true
-		unhanded, g.spare = g.spare, nil
-		if g.order != nil {
-			unhanded = append(unhanded, g.order.takeAll()...)
-		}
-	}
-	g.mu.Unlock()
-	for _, h := range back {
-		g.answer(h, nak(0))
-	}
-	g.handBack(0, unhanded...)
-	if last {
-		g.log.retire(g)
-		close(g.over)
+// learn takes over settings, unless others were read later. Called with mu held.
+func (g *workGroup) learn(s groupSettings, at time.Time) {
+	if at.After(g.settled) {
+		g.settings, g.settled = s, at
 	}
 }
 
@@ -226,27 +185,17 @@ func (l *JetStreamLog) closeWork() {
 func (g *workGroup) run() {
 	connected := g.log.conn.StatusChanged(nats.CONNECTED)
 	defer g.log.conn.RemoveStatusListener(connected)
-	g.mu.Lock()
-	tick := time.NewTicker(min(groupTick, g.settings.ackWait/4))
-	g.mu.Unlock()
+	tick := time.NewTimer(g.pause())
 	defer tick.Stop()
 	for {
 		select {
 		case <-g.over:
-			if g.order != nil {
-				g.order.close()
-			}
-			// What is on its way still comes, and goes back.
-			if err := g.sub.Drain(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
-				g.log.logger.Warn("items that are on their way to a group without workers come again when their time is over", "group", g.key.name, "error", err)
-			}
+			g.drain()
 			return
 		case <-connected:
-			// The server knows nothing of what was asked before.
-			g.mu.Lock()
-			g.asks = nil
-			g.mu.Unlock()
+			g.again()
 		case now := <-tick.C:
+			tick.Reset(g.pause())
 			g.mu.Lock()
 			g.asks = slices.DeleteFunc(g.asks, func(a ask) bool { return now.Sub(a.at) > askFor+askGrace })
 			stale := now.Sub(g.settled) > settingsFor
@@ -263,62 +212,144 @@ func (g *workGroup) run() {
 	}
 }
 
-// refresh reads the settings again: a worker on another edge may have changed them.
-func (g *workGroup) refresh() {
-	ctx, cancel := context.WithTimeout(g.log.storing, getTimeout)
-	defer cancel()
-	cons, err := g.log.js.Consumer(ctx, workStream, g.consumer)
-	var s groupSettings
-	if err == nil {
-		_, s, err = settingsOf(cons.CachedInfo().Config)
-	}
+// pause is how long the group may look away: what lies here must not lose the server's patience.
+func (g *workGroup) pause() time.Duration {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.settled = time.Now()
-	if err == nil {
-		g.settings = s
+	return min(groupTick, g.settings.ackWait/4)
+}
+
+// drain ends the subscription: what is on its way still comes, and goes back.
+func (g *workGroup) drain() {
+	if g.order != nil {
+		g.order.close()
+	}
+	if g.sub.Drain() != nil {
+		return // the connection is closed
+	}
+	t := time.NewTimer(drainWithin)
+	defer t.Stop()
+	select {
+	case <-g.drained:
+	case <-t.C:
+		g.log.logger.Warn("items that are on their way to a group without workers come again when their time is over", "group", g.key.name)
 	}
 }
 
-// keepIdle tells the server of items that are here and in nobody's hands, before their time is over.
-func (g *workGroup) keepIdle(now time.Time) {
+// again is for a connection that was lost and is back: the server knows nothing of what was asked before, and has not heard what could not be said.
+func (g *workGroup) again() {
 	g.mu.Lock()
-	idle := slices.Clone(g.spare)
-	if g.order != nil {
-		idle = append(idle, g.order.all()...)
-	}
-	wait := g.settings.ackWait / 3
-	var told []*heldItem
-	for _, h := range idle {
-		if now.Sub(h.came) >= wait {
-			h.came = now
-			told = append(told, h)
+	g.asks = nil
+	unsaid := g.unsaid
+	g.unsaid = map[uint64]string{}
+	g.mu.Unlock()
+	for seq, to := range unsaid {
+		if !g.said(to, ackDone) {
+			g.mu.Lock()
+			g.unsaid[seq] = to
+			g.mu.Unlock()
 		}
 	}
+}
+
+// refresh reads the settings again, beside all else, and sees to the items that were doubtful before: a worker on another edge may have changed what the group wants. Where the group's consumer is gone, its workers are told.
+func (g *workGroup) refresh() {
+	g.mu.Lock()
+	if g.reading || g.closed {
+		g.mu.Unlock()
+		return
+	}
+	g.reading = true
+	wait := refreshGap - time.Since(g.settled)
 	g.mu.Unlock()
-	for _, h := range told {
-		g.answer(h, ackProgress)
+	g.log.appending.Go(func() {
+		if wait > 0 {
+			sleep(g.log.storing, wait)
+		}
+		ctx, cancel := context.WithTimeout(g.log.storing, getTimeout)
+		defer cancel()
+		g.mu.Lock()
+		doubtful := g.doubtful
+		g.doubtful = nil
+		g.busy += len(doubtful)
+		g.mu.Unlock()
+		at := time.Now()
+		cons, err := g.log.js.Consumer(ctx, workStream, g.consumer)
+		var s groupSettings
+		if err == nil {
+			_, s, err = settingsOf(cons.CachedInfo().Config)
+		}
+		g.mu.Lock()
+		g.reading = false
+		g.busy -= len(doubtful)
+		if err == nil {
+			g.learn(s, at)
+		}
+		more := len(g.doubtful) > 0
+		g.mu.Unlock()
+		if errors.Is(err, jetstream.ErrConsumerNotFound) {
+			g.end(schema.Refuse(schema.Code_CODE_UNAVAILABLE, "Group %q was removed, or NATS has lost it; join again to begin it anew.", g.key.name))
+		}
+		for _, h := range doubtful {
+			switch {
+			case err != nil:
+				g.handBack(time.Second, h)
+			case !s.wants(h.item.GetSession()):
+				g.answer(h, ackDone)
+			default:
+				g.place(h)
+			}
+		}
+		if more {
+			g.refresh()
+		}
+		g.ask()
+	})
+}
+
+// end ends all workers of the group.
+func (g *workGroup) end(why error) {
+	g.mu.Lock()
+	workers := slices.Clone(g.workers)
+	for _, w := range workers {
+		w.why = why
+	}
+	g.mu.Unlock()
+	for _, w := range workers {
+		w.Close()
+		w.wake()
 	}
 }
 
 // ask hands out what there is room for of the items that are here, and asks for as many more as there is room for.
 func (g *workGroup) ask() {
 	g.mu.Lock()
-	var wakes []func()
-	for len(g.spare) > 0 {
-		wake := g.assign(g.spare[0])
-		if wake == nil {
-			break
-		}
-		g.spare = g.spare[1:]
-		wakes = append(wakes, wake)
+	wakes := g.handSpare()
+	room := g.room()
+	if room > 0 {
+		g.asks = append(g.asks, ask{left: room, at: time.Now()})
 	}
-	defer func() {
-		for _, wake := range wakes {
-			wake()
-		}
-	}()
-	room, all, standing := -len(g.spare), 0, 0
+	bytes := max(maxWorkBytes-g.log.workBytes.Load(), askBytes)
+	g.mu.Unlock()
+	for _, wake := range wakes {
+		wake()
+	}
+	if room <= 0 {
+		return
+	}
+	body := `{"batch":` + strconv.Itoa(room) + `,"max_bytes":` + strconv.FormatInt(bytes, 10) + `,"expires":` + strconv.FormatInt(int64(askFor), 10) + `}`
+	if err := g.log.conn.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+workStream+"."+g.consumer, g.inbox, []byte(body)); err != nil {
+		// NATS is away; the tick asks again.
+		g.mu.Lock()
+		g.asks = nil
+		g.mu.Unlock()
+	}
+}
+
+// room is how many items are to be asked for now. Called with mu held.
+func (g *workGroup) room() int {
+	here := len(g.spare) + len(g.doubtful) + g.busy
+	room, all, standing := -here, 0, 0
 	for _, w := range g.workers {
 		room += w.credit - w.hand
 		all += w.credit
@@ -327,19 +358,24 @@ func (g *workGroup) ask() {
 		standing += a.left
 	}
 	room -= standing
-	// A few at a time, while others are still to come.
-	if room <= 0 || standing > 0 && room < all/4 || g.order != nil && g.order.full() {
-		g.mu.Unlock()
-		return
-	}
-	g.asks = append(g.asks, ask{left: room, at: time.Now()})
-	g.mu.Unlock()
-	body := `{"batch":` + strconv.Itoa(room) + `,"expires":` + strconv.FormatInt(int64(askFor), 10) + `}`
-	if err := g.log.conn.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+workStream+"."+g.consumer, g.inbox, []byte(body)); err != nil {
-		// NATS is away; the tick asks again.
-		g.mu.Lock()
-		g.brought(room)
-		g.mu.Unlock()
+	switch {
+	case room <= 0, standing > 0 && room < all/4:
+		// A few at a time, while others are still to come.
+		return 0
+	case g.log.workBytes.Load() >= maxWorkBytes:
+		if len(g.held)+here > 0 || standing > 0 {
+			return 0
+		}
+		return 1
+	case g.order != nil && g.order.full():
+		// The one that all of them wait for may be among those that come again, which the server brings before others.
+		if standing > 0 || time.Since(g.askedOne) < groupTick {
+			return 0
+		}
+		g.askedOne = time.Now()
+		return 1
+	default:
+		return room
 	}
 }
 
@@ -371,6 +407,8 @@ func (g *workGroup) deliver(m *nats.Msg) {
 		g.mu.Unlock()
 		if err == nil {
 			g.ask()
+		} else {
+			g.refresh()
 		}
 		return
 	}
@@ -387,177 +425,38 @@ func (g *workGroup) deliver(m *nats.Msg) {
 	}
 	item.seq = meta.Sequence.Stream
 	h := &heldItem{item: item, ack: m.Reply, attempt: int(min(meta.NumDelivered, 1<<31)), came: time.Now()}
+	h.bytes.Store(int64(len(m.Data)))
+	g.log.workBytes.Add(int64(len(m.Data)))
 	g.mu.Lock()
 	g.brought(1)
-	s := g.settings
-	if !s.wants(item.GetSession()) {
-		g.mu.Unlock()
-		g.said(m.Reply, ackDone)
-		g.ask()
-		return
+	_, done := g.unsaid[item.seq]
+	delete(g.unsaid, item.seq)
+	wanted := g.settings.wants(item.GetSession())
+	if !done && !wanted {
+		// The group may want it by now: only settings that were read since it came can tell.
+		g.doubtful = append(g.doubtful, h)
 	}
-	g.mu.Unlock()
-	if h.attempt == 1 {
-		g.place(h)
-		return
-	}
-	g.log.appending.Go(func() {
-		// Deliveries that never came into anybody's hands do not count.
-		if n, err := g.unhanded(h); err == nil {
-			h.attempt -= n
-		}
-		g.place(h)
-	})
-}
-
-// place gives an item that came to a worker, or lets it wait for one, or for the item before it; or gives it up, where it was handed out often enough.
-func (g *workGroup) place(h *heldItem) {
-	g.mu.Lock()
-	if g.order != nil && h.item.GetRedrivenFrom() == 0 {
-		h.predecessor = g.settings.predecessor(h.item)
-		if h.predecessor > 0 && !g.order.passed(h) {
-			parked := !g.closed && g.order.park(h)
-			g.mu.Unlock()
-			if !parked {
-				g.handBack(time.Second, h)
-			}
-			g.ask()
-			return
-		}
-	}
-	s := g.settings
-	if h.attempt > s.maxDeliver {
-		g.mu.Unlock()
-		g.exhausted(h, s)
-		g.ask()
-		return
-	}
-	wake := g.assign(h)
-	kept := wake == nil && !g.closed && len(g.spare) < maxSpare
-	if kept {
-		g.spare = append(g.spare, h)
+	if !done && wanted && h.attempt > 1 {
+		g.busy++
 	}
 	g.mu.Unlock()
 	switch {
-	case wake != nil:
-		wake()
-	case !kept:
-		g.handBack(0, h)
-	}
-}
-
-// exhausted gives up an item that was handed out as often as the group allows, and not settled.
-func (g *workGroup) exhausted(h *heldItem, s groupSettings) {
-	g.giveUp(h, s, s.maxDeliver, "It was handed out "+times(s.maxDeliver)+", and nobody settled it in time.")
-}
-
-// assign puts an item into the hands of a worker that has room, in turn; nil where none has. It returns what wakes the worker. Called with mu held.
-func (g *workGroup) assign(h *heldItem) (wake func()) {
-	for range g.workers {
-		g.turn = (g.turn + 1) % len(g.workers)
-		w := g.workers[g.turn]
-		if w.hand >= w.credit {
-			continue
-		}
-		h.worker = w
-		h.work = Item{
-			ID: g.log.workIDs.Add(1), Session: h.item.id(), Epoch: h.item.GetEpoch(), Attempt: h.attempt, Deadline: time.Now().Add(g.settings.ackWait), Kind: h.item.kind,
-			Envelope: h.item.envelope, Cancelled: h.item.GetCancelled(),
-		}
-		h.timer = time.AfterFunc(g.settings.ackWait, func() { g.expire(h) })
-		late := time.Since(h.came) > time.Millisecond
-		g.held[h.work.ID] = h
-		w.hand++
-		w.queue = append(w.queue, h)
-		g.log.metrics.workHanded.Inc()
-		g.log.watchCancel(g, h)
-		return func() {
-			if late {
-				// It was here before, and its time begins now.
-				g.answer(h, ackProgress)
-			}
-			w.wake()
-		}
-	}
-	return nil
-}
-
-// drop takes an item out of its worker's hands. Called with mu held.
-func (g *workGroup) drop(h *heldItem) {
-	h.timer.Stop()
-	delete(g.held, h.work.ID)
-	h.worker.hand--
-	for i, x := range h.worker.queue {
-		if x == h {
-			h.worker.queue = append(h.worker.queue[:i:i], h.worker.queue[i+1:]...)
-			break
-		}
-	}
-	g.log.unwatchCancel(h)
-}
-
-// take takes an item out of the hands of a worker that answers; nil where it is not in them.
-func (g *workGroup) take(w *Worker, id uint64) *heldItem {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	h := g.held[id]
-	if h == nil || h.worker != w {
-		return nil
-	}
-	g.drop(h)
-	return h
-}
-
-// expire is the end of an item's time: it goes to others.
-func (g *workGroup) expire(h *heldItem) {
-	g.mu.Lock()
-	if g.held[h.work.ID] != h || time.Now().Before(h.work.Deadline) {
-		g.mu.Unlock()
-		return
-	}
-	g.drop(h)
-	g.mu.Unlock()
-	g.log.metrics.workExpired.Inc()
-	g.answer(h, nak(0))
-	g.ask()
-}
-
-// done settles an item: it is not handed out again.
-func (g *workGroup) done(h *heldItem) {
-	if g.order == nil || h.item.GetRedrivenFrom() > 0 {
+	case done:
 		g.answer(h, ackDone)
-		return
+	case !wanted:
+		g.refresh()
+	case h.attempt == 1:
+		g.place(h)
+	default:
+		g.log.appending.Go(func() { g.placeAgain(h) })
 	}
-	g.order.pass(h, func() { g.answer(h, ackDone) })
 }
 
-// Answers to the server about an item (ADR-15 of NATS).
-const (
-	ackDone     = "+ACK"
-	ackProgress = "+WPI"
-)
-
-// nak gives an item back, to be handed out again after a delay.
-func nak(delay time.Duration) string {
-	if delay <= 0 {
-		return "-NAK"
-	}
-	return `-NAK {"delay":` + strconv.FormatInt(int64(delay), 10) + `}`
-}
-
-// answer tells the server about an item.
-func (g *workGroup) answer(h *heldItem, what string) { g.said(h.ack, what) }
-
-func (g *workGroup) said(to, what string) {
-	if err := g.log.conn.Publish(to, []byte(what)); err != nil {
-		// NATS is away. The item comes again when its time is over, as it does where the answer is lost on its way.
+// said tells the server something about an item; false where NATS is away.
+func (g *workGroup) said(to, what string) bool {
+	err := g.log.conn.Publish(to, []byte(what))
+	if err != nil {
 		g.log.logger.Debug("an answer about a work item was not heard", "group", g.key.name, "error", err)
 	}
-}
-
-func times(n int) string {
-	if n == 1 {
-		return "once"
-	}
-	return strconv.Itoa(n) + " times"
+	return err == nil
 }

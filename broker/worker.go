@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"slices"
 	"time"
 
 	"tidemark/schema"
@@ -9,16 +10,17 @@ import (
 // Worker is a member of a group, on this edge. Its methods may be called concurrently, and do not wait for NATS.
 type Worker struct {
 	// Static after construction.
-	group  *workGroup
-	credit int
-	wake   func()
+	group *workGroup
+	wake  func()
 
 	// Guarded by group.mu.
 	settings  groupSettings // as they were when it joined
+	credit    int           // how many items it may have in hand; 0 once it shall get no more
 	hand      int           // items that are its own, those in queue included
 	queue     []*heldItem   // assigned and not taken
 	cancelled []Cancellation
 	gone      bool
+	why       error // why it is gone, where it did not leave by itself
 }
 
 // Group is the group's settings as they were when the worker joined.
@@ -32,6 +34,9 @@ func (w *Worker) Group() *schema.WorkGroup {
 func (w *Worker) Take(most int) ([]*Item, error) {
 	w.group.mu.Lock()
 	defer w.group.mu.Unlock()
+	if w.why != nil {
+		return nil, w.why
+	}
 	if w.gone {
 		return nil, schema.Refuse(schema.Code_CODE_GOING_AWAY, "This edge hands out no more work; join group %q through another.", w.group.key.name)
 	}
@@ -41,10 +46,11 @@ func (w *Worker) Take(most int) ([]*Item, error) {
 	}
 	items := make([]*Item, n)
 	for i, h := range w.queue[:n] {
+		h.taken = true
 		item := h.work
 		items[i] = &item
 	}
-	w.queue = append(w.queue[:0:0], w.queue[n:]...)
+	w.queue = slices.Delete(w.queue, 0, n)
 	return items, nil
 }
 
@@ -106,7 +112,7 @@ func (w *Worker) InProgress(id uint64) bool {
 	h.work.Deadline = time.Now().Add(wait)
 	h.timer.Reset(wait)
 	g.mu.Unlock()
-	g.answer(h, ackProgress)
+	g.said(h.ack, ackProgress)
 	return true
 }
 
@@ -128,5 +134,8 @@ func (w *Worker) Term(id uint64, reason string) bool {
 	return true
 }
 
+// Retire ends the handing out: what the worker has not taken goes back to the group, and it gets no more. What it has taken it may still settle.
+func (w *Worker) Retire() { w.group.leave(w, true) }
+
 // Close ends the worker; what it has in hand goes back to the group at once. It may be called more than once.
-func (w *Worker) Close() { w.group.leave(w) }
+func (w *Worker) Close() { w.group.leave(w, false) }

@@ -411,12 +411,25 @@ func (w *worker) InProgress(id uint64) bool {
 	return true
 }
 
+// Retire implements [broker.Taker].
+func (w *worker) Retire() { w.leave(true) }
+
 // Close implements [broker.Taker].
-func (w *worker) Close() {
+func (w *worker) Close() { w.leave(false) }
+
+// leave gives back what the worker holds; only: no more than what it has not taken.
+func (w *worker) leave(only bool) {
 	q := w.q
 	q.mu.Lock()
-	in := w.in
-	w.in = nil
+	var in, kept []*item
+	for _, it := range w.in {
+		if only && it.taken {
+			kept = append(kept, it)
+		} else {
+			in = append(in, it)
+		}
+	}
+	w.in = kept
 	w.g.workers = slices.DeleteFunc(w.g.workers, func(of *worker) bool { return of == w })
 	for _, it := range in {
 		it.timer.Stop()

@@ -305,10 +305,20 @@ func (w *writer) joined(s *subscription) {
 	}
 }
 
+// retire lets the groups hand nothing more to this connection, whose edge goes away: what the peer has not got goes to others at once.
+func (w *writer) retire() {
+	for _, s := range w.workers {
+		s.taker.Retire()
+	}
+}
+
 // handOut writes the items that the worker holds and the peer has not, and what was cancelled of those that it has. An edge that goes away hands out nothing new.
 func (w *writer) handOut(s *subscription) {
 	// Asked before, told behind: what was cancelled may be an item that the peer has not got yet.
 	s.gone = append(s.gone, s.taker.Cancellations()...)
+	if w.c.leaving.Load() {
+		s.taker.Retire()
+	}
 	var items []*broker.Item
 	var over error
 	more := false

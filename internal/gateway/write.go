@@ -161,6 +161,9 @@ func (w *writer) compose(serving bool) {
 		w.replies[i] = nil
 	}
 	w.replies = w.replies[:0]
+	if w.c.leaving.Load() {
+		w.retire()
+	}
 	w.answer()
 	for serving && len(w.turns) > 0 && len(w.out.buf) < roundBytes {
 		s := w.turns[0]
