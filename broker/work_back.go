@@ -15,14 +15,7 @@ func (g *workGroup) unhandedSubject(h *heldItem) string {
 	return "unhanded." + schema.EscapeToken(g.key.tenant) + "." + groupHash(g.key.name) + "." + strconv.FormatUint(h.item.seq, 10)
 }
 
-// unhanded is how many of the item's deliveries came into nobody's hands.
-func (g *workGroup) unhanded(h *heldItem) (int, error) {
-	ctx, cancel := context.WithTimeout(g.log.storing, getTimeout)
-	defer cancel()
-	n, _, err := g.readUnhanded(ctx, h)
-	return n, err
-}
-
+// readUnhanded is how many of the item's deliveries came into nobody's hands, and the register's revision.
 func (g *workGroup) readUnhanded(ctx context.Context, h *heldItem) (n int, rev uint64, err error) {
 	m, err := g.log.reader.lastFromLeader(ctx, orderStream, g.unhandedSubject(h))
 	if m == nil || err != nil {

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"context"
 	"slices"
 	"strconv"
 	"sync/atomic"
@@ -40,19 +41,29 @@ type heldItem struct {
 	unwatched bool
 }
 
-// placeAgain places an item that was delivered before. Deliveries that came into nobody's hands do not count.
+// placeAgain places an item that was delivered before. Deliveries that came into nobody's hands do not count; and what somebody began to give up, and died over, is given up.
 func (g *workGroup) placeAgain(h *heldItem) {
-	n, err := g.unhanded(h)
+	ctx, cancel := context.WithTimeout(g.log.storing, getTimeout)
+	defer cancel()
+	n, _, err := g.readUnhanded(ctx, h)
+	var letter *schema.DeadRecord
+	if err == nil {
+		letter, _, err = g.log.letter(ctx, letterSubject("dead", g.key.name, h.item.id(), h.item.GetEpoch(), h.item.GetSeq()))
+	}
 	g.mu.Lock()
 	g.busy--
 	h.attempt -= n
+	s := g.settings
 	g.mu.Unlock()
-	if err != nil {
+	switch {
+	case err != nil:
 		// How often it was handed out is not known just now, and it must not be given up for that.
 		g.answer(h, nak(time.Second))
-		return
+	case letter.GetWorkSeq() >= h.item.seq:
+		g.giveUp(h, s, int(letter.GetAttempts()), letter.GetReason())
+	default:
+		g.place(h)
 	}
-	g.place(h)
 }
 
 // place gives an item that came to a worker, or lets it wait for one, or for the item before it; or gives it up, where it was handed out often enough.

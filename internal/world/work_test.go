@@ -231,3 +231,23 @@ func TestI7_InOrder(t *testing.T) {
 		}
 	})
 }
+
+// TestI7_DoneWhileNATSIsAway: what was settled while the edge had no connection is settled, though NATS could not be told at once.
+func TestI7_DoneWhileNATSIsAway(t *testing.T) {
+	Run(t, Config{}, func(w *World) {
+		p := w.Join(w.Edge(1), ProtoSocket, "s")
+		p.Put("s", UserMessage("m"))
+		h := w.JoinGroup(w.Edge(0), broker.WorkOptions{Group: "g", AckWait: 2 * time.Second, MaxDeliver: 1})
+		i := h.Want()
+		w.Edge(0).CutNATS()
+		// It knows, and is not back yet.
+		w.Sleep(time.Millisecond)
+		h.Done(i)
+		h.WantNothing(time.Minute)
+		page, err := w.Edge(1).Log.DeadLetters(w.t.Context(), "default", broker.DeadQuery{Limit: 10})
+		w.must(err)
+		if len(page.Letters) > 0 {
+			t.Errorf("what was settled is a dead letter: %v", page.Letters)
+		}
+	})
+}
