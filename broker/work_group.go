@@ -124,6 +124,10 @@ func (s groupSettings) filters(k groupKey) []string {
 	tenant := schema.EscapeToken(k.tenant)
 	redriven := "redrive." + tenant + "." + groupHash(k.name) + ".>"
 	exact := len(s.sessions)*len(s.kinds) < maxFilters && !slices.ContainsFunc(s.sessions, func(p string) bool { return strings.HasSuffix(p, "*") })
+	if !exact && len(s.kinds) == len(schema.WorkKinds()) {
+		// The fewer, the quicker the server finds the next.
+		return []string{"work." + tenant + ".>", redriven}
+	}
 	var subjects []string
 	for _, kind := range s.kinds {
 		root := "work." + tenant + "." + strconv.Itoa(int(kind)) + "."
