@@ -86,6 +86,9 @@ var (
 
 // Join implements [broker.Queue].
 func (q *Queue) Join(_ context.Context, tenant string, o broker.WorkOptions) (broker.Taker, error) {
+	if err := o.Check(); err != nil {
+		return nil, err
+	}
 	if q.Refuse != nil {
 		if err := q.Refuse(o); err != nil {
 			return nil, err
