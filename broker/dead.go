@@ -21,11 +21,6 @@ import (
 // maxGiving bounds the items that an edge gives up at once.
 const maxGiving = 64
 
-// systemSource is who Tidemark is in what it writes itself.
-func systemSource() *schema.Source {
-	return &schema.Source{Subject: "tidemark", Role: schema.Role_ROLE_SYSTEM}
-}
-
 // giveUp makes a dead letter of an item that is in nobody's hands any more.
 func (g *workGroup) giveUp(h *heldItem, s groupSettings, attempts int, reason string) {
 	l := g.log
@@ -159,7 +154,7 @@ func (l *JetStreamLog) tellFailed(ctx context.Context, subject string, k groupKe
 		return err
 	}
 	e.Id = id.String()
-	a, err := schema.NewStamp(systemSource()).AcceptEnvelope(e, rec.GetTime().AsTime())
+	a, err := systemStamp.AcceptEnvelope(e, rec.GetTime().AsTime())
 	if err != nil {
 		return err
 	}

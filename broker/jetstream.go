@@ -95,6 +95,7 @@ type JetStreamLog struct {
 
 	mu        sync.Mutex
 	appenders map[schema.SessionID]*appender
+	tailing   map[*TailMember]bool // those that have not ended
 	closed    bool
 }
 
@@ -195,6 +196,7 @@ func (l *JetStreamLog) Close(ctx context.Context) error {
 	}
 	l.mu.Unlock()
 	l.closeWork()
+	l.closeTails()
 	done := make(chan struct{})
 	go func() {
 		l.appending.Wait()

@@ -69,12 +69,14 @@ func (h *held) run(ctx, closing context.Context) {
 		h.drop()
 		return
 	}
+	h.m.mu.Lock()
 	h.unqueue()
+	h.m.mu.Unlock()
 	h.settle(closing)
 	floor := h.end()
 	// The member is told when it is done, and has the partition until then: nobody takes it meanwhile, this member neither.
 	defer h.drop()
-	if err := h.release(context.WithoutCancel(ctx), floor); err != nil {
+	if err := h.release(floor); err != nil {
 		h.m.logger.Warn("a member of an analytics group left a partition without giving it back; another takes it in a moment", "stream", h.stream, "error", err)
 		return
 	}
@@ -116,10 +118,8 @@ func (h *held) keep(ctx context.Context) error {
 	}
 }
 
-// unqueue takes back what Next has not returned.
+// unqueue takes back what Next has not returned. Called with m.mu held.
 func (h *held) unqueue() {
-	h.m.mu.Lock()
-	defer h.m.mu.Unlock()
 	kept := h.m.queue[:0:0]
 	for _, b := range h.m.queue {
 		if b.held != h {
@@ -157,14 +157,14 @@ func (h *held) settle(closing context.Context) {
 	}
 }
 
-// release gives the lease back with the checkpoint, as often as that takes within leaveWithin.
-func (h *held) release(ctx context.Context, floor uint64) error {
-	ctx, cancel := context.WithTimeout(ctx, leaveWithin)
+// release gives the lease back with the checkpoint, as often as that takes within leaveWithin, and while the log stores anything.
+func (h *held) release(floor uint64) error {
+	ctx, cancel := context.WithTimeout(h.m.log.storing, leaveWithin)
 	defer cancel()
 	var retry backoff
 	for {
 		err := h.lease.release(ctx, floor)
-		if _, lost := errors.AsType[stopError](err); err == nil || lost || h.m.log.storing.Err() != nil || !retry.wait(ctx, errNotStored) {
+		if _, lost := errors.AsType[stopError](err); err == nil || lost || !retry.wait(ctx, errNotStored) {
 			return err
 		}
 	}
@@ -172,10 +172,10 @@ func (h *held) release(ctx context.Context, floor uint64) error {
 
 // end lets nothing more of the partition be returned or acknowledged, and returns the checkpoint.
 func (h *held) end() uint64 {
-	h.unqueue()
 	m := h.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	h.unqueue()
 	floor := h.floor()
 	h.forget(0, len(h.out))
 	h.ended = true
@@ -191,7 +191,7 @@ func (h *held) drop() {
 	delete(m.held, h.partition)
 	m.told = false
 	m.mu.Unlock()
-	notify(m.wake)
+	signal(m.wake)
 }
 
 // follow reads the partition until ctx ends.
@@ -292,6 +292,9 @@ func (h *held) begin(s jetstream.StreamState) uint64 {
 	switch {
 	case s.LastSeq < h.read:
 		h.m.logger.Error("a log stream went back behind the checkpoint of an analytics group, which begins anew in it", "stream", h.stream, "checkpoint", h.read, "last", s.LastSeq)
+		// What is out is of the other stream: its places say nothing of this one.
+		h.unqueue()
+		h.forget(0, len(h.out))
 		h.read, h.acked = 0, 0
 	case s.Msgs > 0 && s.FirstSeq > h.read+1:
 		h.m.logger.Warn("retention took what an analytics group had not read", "stream", h.stream, "from", h.read+1, "to", s.FirstSeq-1)
@@ -341,7 +344,7 @@ func (h *held) flush(ctx context.Context, b *TailBatch) error {
 	h.out = append(h.out, b)
 	h.m.queue = append(h.m.queue, b)
 	h.m.mu.Unlock()
-	notify(h.m.wake)
+	signal(h.m.wake)
 	return nil
 }
 

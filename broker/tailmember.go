@@ -39,7 +39,6 @@ type TailMember struct {
 
 	// Owned by run.
 	others map[string]bool // as they were seen last; empty where they never were
-	beat   time.Time       // the last time that this member said it was here
 	warned bool            // that something cannot be read or written just now
 
 	mu     sync.Mutex // guards all below
@@ -51,8 +50,8 @@ type TailMember struct {
 	wake   chan struct{} // holds a token: Next may have something
 }
 
-// newTailMember makes a member, which begins at once.
-func (l *JetStreamLog) newTailMember(kv jetstream.KeyValue, g tailGroup, o TailOptions, id string, starts []uint64) *TailMember {
+// newTailMember makes a member, which begins at once. The error is going_away where the log is closed.
+func (l *JetStreamLog) newTailMember(kv jetstream.KeyValue, g tailGroup, o TailOptions, id string, starts []uint64) (*TailMember, error) {
 	m := &TailMember{
 		log: l, group: g, id: id, filter: newTailFilter(g.tenant, o), starts: starts, room: semaphore.NewWeighted(tailInFlight),
 		logger: l.logger.With("group", g.name, "tenant", g.tenant, "member", id),
@@ -64,8 +63,28 @@ func (l *JetStreamLog) newTailMember(kv jetstream.KeyValue, g tailGroup, o TailO
 	// It ends with the log, where nobody closes it before.
 	ctx, leave := context.WithCancel(l.storing)
 	m.leave = leave
-	go m.run(ctx)
-	return m
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		leave()
+		return nil, tailGoingAway(g.name)
+	}
+	if l.tailing == nil {
+		l.tailing = make(map[*TailMember]bool, 1)
+	}
+	l.tailing[m] = true
+	l.appending.Go(func() { m.run(ctx) })
+	return m, nil
+}
+
+// closeTails lets all members leave, and does not wait for them: they are among what Close waits for.
+func (l *JetStreamLog) closeTails() {
+	l.mu.Lock()
+	all := slices.Collect(maps.Keys(l.tailing))
+	l.mu.Unlock()
+	for _, m := range all {
+		m.end()
+	}
 }
 
 // Next waits for the next event: first the partitions that the member has, and so again whenever they have changed; then batches of theirs. What is returned of one partition comes in order. The error is the context's, or going_away once the
@@ -124,31 +143,33 @@ func (m *TailMember) Ack(partition uint32, through uint64) {
 		h.forget(0, 1)
 	}
 	if len(h.out) == 0 || !h.out[0].sent {
-		notify(h.settled)
+		signal(h.settled)
 	}
 }
 
 // Close ends the member: its partitions and their checkpoints are given back, within seconds, and the others learn of it in a moment. It may be called more than once.
 func (m *TailMember) Close() {
+	m.end()
+	<-m.over
+}
+
+// end is Close without waiting.
+func (m *TailMember) end() {
 	m.mu.Lock()
 	m.closed = true
 	m.mu.Unlock()
 	m.leave()
-	<-m.over
-}
-
-// notify puts a token into a channel that holds one.
-func notify(ch chan struct{}) {
-	select {
-	case ch <- struct{}{}:
-	default:
-	}
 }
 
 // run keeps the member a member until ctx ends.
 func (m *TailMember) run(ctx context.Context) {
 	defer close(m.over)
 	defer m.leave()
+	defer func() {
+		m.log.mu.Lock()
+		delete(m.log.tailing, m)
+		m.log.mu.Unlock()
+	}()
 	m.log.tails.members.Inc()
 	defer m.log.tails.members.Dec()
 	var holding sync.WaitGroup
@@ -171,7 +192,7 @@ func (m *TailMember) run(ctx context.Context) {
 	}
 	// Those who hold something have seen the end of ctx, too.
 	holding.Wait()
-	leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
+	leaving, cancel := context.WithTimeout(m.log.storing, storeTimeout)
 	defer cancel()
 	if err := m.log.removeTailMember(leaving, m.group, m.id); err != nil {
 		m.logger.Info("a member of an analytics group left without saying so; the others notice in a moment", "error", err)
@@ -180,13 +201,7 @@ func (m *TailMember) run(ctx context.Context) {
 
 // look says that the member is here, and brings what it holds to what it should. The error is one of those that happened; the rest was done.
 func (m *TailMember) look(ctx context.Context, holding *sync.WaitGroup) error {
-	now := time.Now()
-	var beating error
-	if now.Sub(m.beat) >= tailMemberTTL/4 {
-		if beating = m.log.putTailMember(ctx, m.group, m.id); beating == nil {
-			m.beat = now
-		}
-	}
+	beating := m.log.putTailMember(ctx, m.group, m.id)
 	others, seeing := m.log.tailMembers(ctx, m.group)
 	if seeing == nil {
 		m.others = others
@@ -259,13 +274,13 @@ func (m *TailMember) hold(ctx context.Context, partition uint32, holding *sync.W
 	m.held[partition] = h
 	m.told = false
 	m.mu.Unlock()
-	notify(m.wake)
+	signal(m.wake)
 	m.logger.Info("a member of an analytics group has a partition", "stream", h.stream, "from", through+1)
 	holding.Go(func() {
 		defer leave()
 		h.run(giving, ctx)
 		// What it let go of, another may be waiting for; and if it was lost, it may be free again.
-		notify(m.again)
+		signal(m.again)
 	})
 }
 

@@ -84,11 +84,11 @@ const (
 	tailLinger = 50 * time.Millisecond
 	// maxTailMembers bounds the members of a group: more than there are partitions have nothing to do but to stand by.
 	maxTailMembers = 256
-	// tailLook is how often a member looks who the others are, and which partitions are free.
+	// tailLook is how often a member says that it is here, and looks who the others are, and which partitions are free.
 	tailLook = time.Second
-	// tailMemberTTL is how long a member that says nothing more counts as one. The server counts it, in whole seconds; it leaves room for two beats that fail, and ends before leaseTTL does, so that whoever is to have the
-	// partitions knows by then.
-	tailMemberTTL = 7 * time.Second
+	// tailMemberTTL is how long a member that says nothing more counts as one. The server counts it, in whole seconds; it leaves room for three beats that fail, and ends a little after leaseTTL does, so that whoever misses a
+	// member knows by then that its leases are silent, too, and takes the partitions at once.
+	tailMemberTTL = 5 * time.Second
 	// tailCheckpointEvery is how often a checkpoint is written that has moved.
 	tailCheckpointEvery = time.Second
 	// tailSettleFor is how long a partition that goes to another member waits for the acknowledgement of what was sent, which otherwise is sent to the other again.
@@ -163,5 +163,5 @@ func (l *JetStreamLog) openTail(ctx context.Context, tenant string, o TailOption
 	if err != nil {
 		return nil, err
 	}
-	return l.newTailMember(kv, g, o, ulid.Make().String(), starts), nil
+	return l.newTailMember(kv, g, o, ulid.Make().String(), starts)
 }

@@ -33,7 +33,7 @@ type Taker interface {
 	Cancellations() []Cancellation
 	Ack(id uint64) bool
 	Nack(id uint64, delay *time.Duration, reason string) bool
-	InProgress(id uint64) bool
+	InProgress(id uint64) (deadline time.Time, held bool)
 	Term(id uint64, reason string) bool
 	Retire()
 	Close()

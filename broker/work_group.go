@@ -218,8 +218,8 @@ func (s groupSettings) proto(k groupKey) *schema.WorkGroup {
 	return g
 }
 
-// check refuses options that no group can have.
-func (o *WorkOptions) check() error {
+// Check refuses options that no group can have: invalid_message.
+func (o *WorkOptions) Check() error {
 	wrong := func(format string, args ...any) error {
 		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, format, args...)
 	}

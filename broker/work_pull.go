@@ -73,7 +73,7 @@ var _ Queue = (*JetStreamLog)(nil)
 
 // Join implements [Queue].
 func (l *JetStreamLog) Join(ctx context.Context, tenant string, o WorkOptions) (Taker, error) {
-	if err := o.check(); err != nil {
+	if err := o.Check(); err != nil {
 		return nil, err
 	}
 	if o.Credit == 0 {

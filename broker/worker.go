@@ -99,21 +99,22 @@ func (w *Worker) Nack(id uint64, delay *time.Duration, reason string) bool {
 	return true
 }
 
-// InProgress begins an item's deadline anew. False as with Ack.
-func (w *Worker) InProgress(id uint64) bool {
+// InProgress begins an item's deadline anew, with the group's ack wait as it is now, and returns it. False as with Ack.
+func (w *Worker) InProgress(id uint64) (deadline time.Time, held bool) {
 	g := w.group
 	g.mu.Lock()
 	h := g.held[id]
 	if h == nil || h.worker != w {
 		g.mu.Unlock()
-		return false
+		return time.Time{}, false
 	}
 	wait := g.settings.ackWait
-	h.work.Deadline = time.Now().Add(wait)
+	deadline = time.Now().Add(wait)
+	h.work.Deadline = deadline
 	h.timer.Reset(wait)
 	g.mu.Unlock()
 	g.said(h.ack, ackProgress)
-	return true
+	return deadline, true
 }
 
 // Term settles an item for good: the group gives it up. False as with Ack.

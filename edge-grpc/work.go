@@ -66,10 +66,8 @@ func listing(p *auth.Principal, group, name string, pageSize uint32) (int, error
 	if err := gateway.AuthorizeRole(p, gateway.Work); err != nil {
 		return 0, err
 	}
-	if group != "" {
-		if err := gateway.CheckGroup(group); err != nil {
-			return 0, err
-		}
+	if len(group) > schema.MaxGroupBytes {
+		return 0, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The group's name has %d bytes; at most %d are allowed.", len(group), schema.MaxGroupBytes)
 	}
 	if name != "" {
 		if _, err := session(p, gateway.Work, name); err != nil {

@@ -86,6 +86,9 @@ var (
 
 // Join implements [broker.Queue].
 func (q *Queue) Join(_ context.Context, tenant string, o broker.WorkOptions) (broker.Taker, error) {
+	if err := o.Check(); err != nil {
+		return nil, err
+	}
 	if q.Refuse != nil {
 		if err := q.Refuse(o); err != nil {
 			return nil, err
@@ -397,18 +400,18 @@ func (w *worker) Term(id uint64, reason string) bool {
 }
 
 // InProgress implements [broker.Taker].
-func (w *worker) InProgress(id uint64) bool {
+func (w *worker) InProgress(id uint64) (deadline time.Time, held bool) {
 	w.q.mu.Lock()
 	defer w.q.mu.Unlock()
 	i := slices.IndexFunc(w.in, func(it *item) bool { return it.ID == id && it.taken })
 	if i < 0 {
-		return false
+		return time.Time{}, false
 	}
 	it := w.in[i]
 	it.Deadline = time.Now().Add(w.g.o.AckWait)
 	it.timer.Reset(w.g.o.AckWait)
 	w.q.said = append(w.q.said, fmt.Sprint("in_progress ", it.seq))
-	return true
+	return it.Deadline, true
 }
 
 // Retire implements [broker.Taker].

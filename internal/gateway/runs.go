@@ -49,8 +49,9 @@ type keptRun struct {
 
 // heldRun is a start_run in the hands of the connection.
 type heldRun struct {
-	name runName
-	by   *subscription
+	// run is the one that it keeps. It may have ended, and another of its name be kept since, which is none of this item's.
+	run *keptRun
+	by  *subscription
 	// deadline is when others may get it, and keep the run: who hangs does not keep it for ever.
 	deadline *time.Timer
 }
@@ -157,8 +158,11 @@ func (c *conn) holdRun(s *subscription, it *broker.Item) {
 	if e.GetStartRun() == nil {
 		return
 	}
-	h := &heldRun{name: runName{it.Session.Name, e.GetStartRun().GetRunId()}, by: s}
-	c.keep(h.name, func(k *keptRun) { k.items++ })
+	h := &heldRun{by: s}
+	c.keep(runName{it.Session.Name, e.GetStartRun().GetRunId()}, func(k *keptRun) {
+		k.items++
+		h.run = k
+	})
 	ks := &c.kept
 	ks.mu.Lock()
 	defer ks.mu.Unlock()
@@ -169,7 +173,7 @@ func (c *conn) holdRun(s *subscription, it *broker.Item) {
 	h.deadline = time.AfterFunc(time.Until(it.Deadline), func() { c.letRun(it.ID) })
 }
 
-// keep keeps a run, for a reason that is noted under the lock.
+// keep keeps a run, for a reason that is noted of it. What is noted last is of the run that is kept.
 func (c *conn) keep(name runName, why func(*keptRun)) {
 	ks := &c.kept
 	ks.mu.Lock()
@@ -253,11 +257,11 @@ func (ks *keptRuns) let(id uint64) *keptRun {
 	}
 	delete(ks.held, id)
 	h.deadline.Stop()
-	e := ks.of[h.name]
-	if e == nil {
+	k := h.run
+	e := ks.of[k.name]
+	if e == nil || e.Value != k {
 		return nil
 	}
-	k := e.Value.(*keptRun) //nolint:errcheck // the list holds nothing else
 	if k.items--; k.items > 0 || k.said {
 		return nil
 	}
@@ -265,12 +269,12 @@ func (ks *keptRuns) let(id uint64) *keptRun {
 }
 
 // goOnWithRun says that an item in hand has a new deadline.
-func (c *conn) goOnWithRun(id uint64, wait time.Duration) {
+func (c *conn) goOnWithRun(id uint64, deadline time.Time) {
 	ks := &c.kept
 	ks.mu.Lock()
 	defer ks.mu.Unlock()
 	if h := ks.held[id]; h != nil {
-		h.deadline.Reset(wait)
+		h.deadline.Reset(time.Until(deadline))
 	}
 }
 

@@ -134,6 +134,37 @@ func TestRunsAreHeld(t *testing.T) {
 	})
 }
 
+// TestRunsAreHeldByTheirOwnItem: a run that has ended is nothing to the next of its name, whenever its item is settled; and the deadline that counts is the item's, as the group has it now.
+func TestRunsAreHeldByTheirOwnItem(t *testing.T) {
+	working(t, nil, func(w *world, q *worktest.Queue) {
+		p := w.agent()
+		p.subscribe(&schema.WorkSubscribe{Credit: 2, AckWaitMs: 10_000, MaxDeliver: 1})
+		p.wantSubscribed()
+		put := func(seq uint64) uint64 {
+			e := startOf("")
+			e.Seq = seq
+			q.Put(idOf("s"), e)
+			return p.wantWork(seq)[0].GetWorkId()
+		}
+		first := put(1)
+		p.put("s", statusOf("", schema.Status_STATUS_COMPLETED))
+		w.wantKept(q)
+		second := put(2)
+		p.ack(first)
+		w.wantKept(q, "s/")
+
+		// Another worker changes the group's ack wait, which counts for items from their next deadline on.
+		other := w.agent()
+		other.subscribe(&schema.WorkSubscribe{AckWaitMs: 60_000})
+		other.wantSubscribed()
+		p.inProgress(second)
+		time.Sleep(50 * time.Second)
+		w.wantKept(q, "s/")
+		time.Sleep(11 * time.Second)
+		w.wantKept(q)
+	})
+}
+
 // TestHeartbeat keeps runs by name: for who may work with the session, as long as the connection lasts.
 func TestHeartbeat(t *testing.T) {
 	working(t, nil, func(w *world, q *worktest.Queue) {

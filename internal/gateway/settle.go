@@ -47,7 +47,13 @@ func (c *conn) nacked(m *schema.WorkNack) {
 // inProgress handles a [schema.WorkInProgress]. The error ends the connection.
 func (c *conn) inProgress(m *schema.WorkInProgress) error {
 	return c.eachItem("in_progress", m.GetWorkIds(), func(id uint64) {
-		c.settle(answerInProgress, id, func(t broker.Taker) bool { return t.InProgress(id) })
+		c.settle(answerInProgress, id, func(t broker.Taker) bool {
+			deadline, held := t.InProgress(id)
+			if held {
+				c.goOnWithRun(id, deadline)
+			}
+			return held
+		})
 	})
 }
 
@@ -85,9 +91,7 @@ func (c *conn) settle(what workAnswer, id uint64, say func(broker.Taker) bool) {
 			continue
 		}
 		c.g.metrics.answers[what].Inc()
-		if what == answerInProgress {
-			c.goOnWithRun(id, time.Duration(s.group.Load().GetAckWaitMs())*time.Millisecond)
-		} else {
+		if what != answerInProgress {
 			c.letRun(id)
 		}
 		return

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"math"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -127,44 +128,18 @@ func (c *conn) newSubscription(m *schema.WorkSubscribe) (*subscription, error) {
 	return s, nil
 }
 
-// settings checks the group's settings and takes them over; each is left out where the client leaves it out.
+// settings takes the group's settings over; each is left out where the client leaves it out. Whoever joins the group checks their bounds.
 func (s *subscription) settings(m *schema.WorkSubscribe) error {
-	if err := CheckGroup(m.GetGroup()); err != nil {
-		return err
-	}
-	wrong := func(format string, args ...any) error {
-		args = append([]any{m.GetGroup()}, args...)
-		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The work_subscribe to group %q "+format, args...)
-	}
 	o := &s.options
 	o.Group, o.Credit, o.MaxDeliver, o.Ordered, o.FromNow = m.GetGroup(), max(int(m.GetCredit()), 1), int(m.GetMaxDeliver()), m.GetOrdered(), m.GetFromNow()
-	switch ms := m.GetAckWaitMs(); {
-	case m.GetCredit() > schema.MaxWorkCredit:
-		return wrong("has the credit %d; at most %d are allowed.", m.GetCredit(), schema.MaxWorkCredit)
-	case ms != 0 && (ms < schema.MinAckWaitMs || ms > schema.MaxAckWaitMs):
-		return wrong("has the ack_wait_ms %d; %d to %d milliseconds are allowed.", ms, schema.MinAckWaitMs, schema.MaxAckWaitMs)
-	case m.GetMaxDeliver() > schema.MaxDeliveries:
-		return wrong("has the max_deliver %d; at most %d are allowed.", m.GetMaxDeliver(), schema.MaxDeliveries)
-	case len(m.GetBackoffMs()) > schema.MaxBackoffs:
-		return wrong("names %d rests in backoff_ms; at most %d are allowed.", len(m.GetBackoffMs()), schema.MaxBackoffs)
-	case len(m.GetSessions()) > schema.MaxWorkSessions:
-		return wrong("names %d sessions; at most %d are allowed. Use a prefix that ends in '*'.", len(m.GetSessions()), schema.MaxWorkSessions)
-	default:
-		o.AckWait = time.Duration(ms) * time.Millisecond
-	}
+	o.AckWait = milliseconds(m.GetAckWaitMs())
 	for _, ms := range m.GetBackoffMs() {
-		if ms > schema.MaxBackoffMs {
-			return wrong("has a rest of %d milliseconds in backoff_ms; at most %d are allowed.", ms, schema.MaxBackoffMs)
-		}
-		o.Backoff = append(o.Backoff, time.Duration(ms)*time.Millisecond)
+		o.Backoff = append(o.Backoff, milliseconds(ms))
 	}
 	for _, word := range m.GetKinds() {
 		k, err := schema.ParseType(word)
 		if err != nil {
 			return err
-		}
-		if !schema.IsWork(k) {
-			return wrong("wants '%s', which makes no work; tool_call, start_run, user_message, user_input and cancel do.", k)
 		}
 		if !slices.Contains(o.Kinds, k) {
 			o.Kinds = append(o.Kinds, k)
@@ -190,22 +165,14 @@ func (s *subscription) filter(sessions []string) error {
 		if err := AuthorizePattern(c.principal, Work, pattern); err != nil {
 			return err
 		}
-		if !slices.Contains(s.options.Sessions, pattern) {
-			s.options.Sessions = append(s.options.Sessions, pattern)
-		}
+		s.options.Sessions = append(s.options.Sessions, pattern)
 	}
 	return nil
 }
 
-// CheckGroup says what is wrong with a group's name: invalid_message.
-func CheckGroup(name string) error {
-	switch {
-	case name == "":
-		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The group's name is empty; it must have 1 to %d bytes.", schema.MaxGroupBytes)
-	case len(name) > schema.MaxGroupBytes:
-		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The group's name has %d bytes; at most %d are allowed.", len(name), schema.MaxGroupBytes)
-	}
-	return nil
+// milliseconds is a duration of the wire's, and the longest that there is where it is longer.
+func milliseconds(ms uint64) time.Duration {
+	return time.Duration(min(ms, math.MaxInt64/uint64(time.Millisecond))) * time.Millisecond
 }
 
 // unsubscribe handles a [schema.WorkUnsubscribe]. The error ends the connection. Called by the reader.

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -327,15 +328,18 @@ func TestWorkRefused(t *testing.T) {
 			{&schema.WorkSubscribe{Group: long}, schema.Code_CODE_INVALID_MESSAGE, "201 bytes"},
 			{&schema.WorkSubscribe{Kinds: []string{"nonsense"}}, schema.Code_CODE_UNKNOWN_TYPE, "nonsense"},
 			{&schema.WorkSubscribe{Kinds: []string{"token"}}, schema.Code_CODE_INVALID_MESSAGE, "'token', which makes no work"},
-			{&schema.WorkSubscribe{Sessions: make([]string, 33)}, schema.Code_CODE_INVALID_MESSAGE, "33 sessions"},
+			{&schema.WorkSubscribe{Sessions: slices.Repeat([]string{"s"}, 33)}, schema.Code_CODE_INVALID_MESSAGE, "33 sessions"},
 			{&schema.WorkSubscribe{Sessions: []string{""}}, schema.Code_CODE_INVALID_MESSAGE, "empty"},
 			{&schema.WorkSubscribe{Sessions: []string{long}}, schema.Code_CODE_INVALID_MESSAGE, "201 bytes"},
-			{&schema.WorkSubscribe{Credit: 1001}, schema.Code_CODE_INVALID_MESSAGE, "credit 1001"},
-			{&schema.WorkSubscribe{AckWaitMs: 99}, schema.Code_CODE_INVALID_MESSAGE, "ack_wait_ms 99; 100 to 43200000"},
-			{&schema.WorkSubscribe{AckWaitMs: schema.MaxAckWaitMs + 1}, schema.Code_CODE_INVALID_MESSAGE, "ack_wait_ms"},
-			{&schema.WorkSubscribe{MaxDeliver: 1001}, schema.Code_CODE_INVALID_MESSAGE, "max_deliver 1001"},
+			{&schema.WorkSubscribe{Credit: 1001}, schema.Code_CODE_INVALID_MESSAGE, "a credit of 1001"},
+			{&schema.WorkSubscribe{AckWaitMs: 99}, schema.Code_CODE_INVALID_MESSAGE, "an ack wait of 99ms; 100ms to 12h0m0s"},
+			{&schema.WorkSubscribe{AckWaitMs: schema.MaxAckWaitMs + 1}, schema.Code_CODE_INVALID_MESSAGE, "an ack wait of 12h0m0.001s"},
+			{&schema.WorkSubscribe{AckWaitMs: 1 << 63}, schema.Code_CODE_INVALID_MESSAGE, "an ack wait of 2562047h47m"},
+			{&schema.WorkSubscribe{MaxDeliver: 1001}, schema.Code_CODE_INVALID_MESSAGE, "handed out 1001 times"},
 			{&schema.WorkSubscribe{BackoffMs: make([]uint64, 33)}, schema.Code_CODE_INVALID_MESSAGE, "33 rests"},
-			{&schema.WorkSubscribe{BackoffMs: []uint64{0, schema.MaxBackoffMs + 1}}, schema.Code_CODE_INVALID_MESSAGE, "86400001 milliseconds in backoff_ms"},
+			{&schema.WorkSubscribe{BackoffMs: []uint64{0, schema.MaxBackoffMs + 1}}, schema.Code_CODE_INVALID_MESSAGE, "a rest of 24h0m0.001s"},
+			{&schema.WorkSubscribe{BackoffMs: []uint64{math.MaxUint64}}, schema.Code_CODE_INVALID_MESSAGE, "a rest of 2562047h47m"},
+			{&schema.WorkSubscribe{Credit: math.MaxUint32, MaxDeliver: math.MaxUint32}, schema.Code_CODE_INVALID_MESSAGE, "a credit of 4294967295"},
 			{&schema.WorkSubscribe{Group: "gone"}, schema.Code_CODE_UNAVAILABLE, "NATS is away"},
 		} {
 			c.m.Channel = 4
@@ -343,7 +347,7 @@ func TestWorkRefused(t *testing.T) {
 			p.wantError(4, c.code, c.says)
 		}
 		p.send(&schema.ClientFrame{Frame: &schema.ClientFrame_WorkSubscribe{WorkSubscribe: &schema.WorkSubscribe{Channel: 4}}})
-		p.wantError(4, schema.Code_CODE_INVALID_MESSAGE, "name is empty")
+		p.wantError(4, schema.Code_CODE_INVALID_MESSAGE, "name has 0 bytes")
 
 		// The largest that are allowed.
 		p.subscribe(&schema.WorkSubscribe{Group: long[1:], Credit: 1000, AckWaitMs: schema.MaxAckWaitMs, MaxDeliver: 1000, BackoffMs: slices.Repeat([]uint64{schema.MaxBackoffMs}, 32), Sessions: []string{long[1:]}})

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"tidemark/broker"
 	"tidemark/internal/auth"
 	"tidemark/schema"
 )
@@ -202,6 +203,33 @@ func TestTail_Draining(t *testing.T) {
 		w.Sleep(90 * time.Second)
 		if end := b.Ended(); end.Code != schema.Code_CODE_TOKEN_EXPIRED {
 			t.Errorf("later it was told %s", end)
+		}
+	})
+}
+
+// TestTail_ClosedWithItsLog: a log that is closed waits until its members have left in good order, and lets no other in.
+func TestTail_ClosedWithItsLog(t *testing.T) {
+	Run(t, Config{}, func(w *World) {
+		log, ctx := w.Edge(0).Log, w.t.Context()
+		m, err := log.Tail(ctx, Session("").Tenant, broker.TailOptions{Group: "g"})
+		w.must(err)
+		for n := 0; n < 2; {
+			e, err := m.Next(ctx)
+			w.must(err)
+			n = len(e.Partitions)
+		}
+		w.must(log.Close(ctx))
+		if e, err := m.Next(ctx); schema.CodeOf(err) != schema.Code_CODE_GOING_AWAY {
+			t.Errorf("the member was told %v, %v", e.Partitions, err)
+		}
+		if _, err := log.Tail(ctx, Session("").Tenant, broker.TailOptions{Group: "g"}); schema.CodeOf(err) != schema.Code_CODE_GOING_AWAY {
+			t.Errorf("a member of a closed log: %v", err)
+		}
+		began := time.Now()
+		next := w.Tail(w.Edge(1), "", &schema.TailOpen{Group: "g"}, acking)
+		w.Until("another has all", func() bool { return len(next.Partitions()) == 2 })
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("the partitions were free after %s", took)
 		}
 	})
 }

@@ -109,8 +109,8 @@ func (c *crew) act() {
 				drop()
 			}
 		case 3:
-			if h.worker.InProgress(i.ID) {
-				i.Deadline = time.Now().Add(c.o.AckWait)
+			if deadline, held := h.worker.InProgress(i.ID); held {
+				i.Deadline = deadline
 			}
 		case 4:
 			// It hangs. The item goes elsewhere when its time is over.

@@ -72,11 +72,11 @@ func TestI7_WhatIsNotSettledComesAgain(t *testing.T) {
 		old := i
 		i = within(7, 9*time.Second, 11*time.Second, func() {
 			w.Sleep(6 * time.Second)
-			if !h.worker.InProgress(i.ID) {
-				t.Error("the item was lost before its time was over")
+			if until, held := h.worker.InProgress(i.ID); !held || time.Until(until) > 10*time.Second || time.Until(until) < 9*time.Second {
+				t.Errorf("the item was lost before its time was over, or has it for another %s", time.Until(until))
 			}
 		})
-		if h.worker.Ack(old.ID) || h.worker.InProgress(old.ID) || h.worker.Term(old.ID, "") || h.worker.Nack(old.ID, nil, "") {
+		if _, held := h.worker.InProgress(old.ID); held || h.worker.Ack(old.ID) || h.worker.Term(old.ID, "") || h.worker.Nack(old.ID, nil, "") {
 			t.Error("an answer about an item that was handed out again was taken")
 		}
 		next := w.JoinGroup(w.Edge(1), broker.WorkOptions{Group: "g"})

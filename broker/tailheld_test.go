@@ -1,0 +1,48 @@
+package broker
+
+import (
+	"log/slog"
+	"testing"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/sync/semaphore"
+)
+
+// TestTailHeldOverAnotherStream: when a log stream goes back, what was out of the one before is forgotten, and what is said of it moves no checkpoint in the new one.
+func TestTailHeldOverAnotherStream(t *testing.T) {
+	m := &TailMember{log: &JetStreamLog{tails: newTailMetrics(nil)}, logger: slog.New(slog.DiscardHandler), room: semaphore.NewWeighted(tailInFlight), held: make(map[uint32]*held), wake: make(chan struct{}, 1), told: true}
+	h := &held{m: m, settled: make(chan struct{}, 1)}
+	m.held[0] = h
+	put := func(through uint64) {
+		t.Helper()
+		if err := h.flush(t.Context(), &TailBatch{held: h, Through: through}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(50)
+	put(100)
+	put(150)
+	for range 2 {
+		if e, ok := m.take(); !ok || e.Batch == nil {
+			t.Fatalf("the member was told %v", e)
+		}
+	}
+	if at := h.begin(jetstream.StreamState{Msgs: 3, FirstSeq: 1, LastSeq: 3}); at != 0 {
+		t.Fatalf("the new stream is read from behind %d", at)
+	}
+	put(2)
+	m.Ack(0, 100)
+	if floor := h.floor(); floor != 0 {
+		t.Errorf("the checkpoint is %d before anything of the new stream was sent", floor)
+	}
+	if e, ok := m.take(); !ok || e.Batch.Through != 2 {
+		t.Errorf("the member was told %v, want what the new stream holds", e.Batch)
+	}
+	m.Ack(0, 2)
+	if floor := h.floor(); floor != 2 || len(h.out) != 0 {
+		t.Errorf("the checkpoint is %d with %d batches out", floor, len(h.out))
+	}
+	if !m.room.TryAcquire(tailInFlight) {
+		t.Error("the batches of the old stream take room still")
+	}
+}
