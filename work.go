@@ -199,6 +199,9 @@ func (c *workTakeCommand) Run(ctx context.Context, env *environment) error {
 	// Owned by the callback, which is called for one item at a time, and read when it is over.
 	taken := 0
 	var gone error
+	if c.AckWait != 0 && c.AckWait < schema.MinAckWaitMs*time.Millisecond {
+		return usage("--ack-wait %s is too short; %d ms is the least", c.AckWait, schema.MinAckWaitMs)
+	}
 	w := l.Worker(client.WorkOptions{
 		Group: c.Group, Kinds: c.Kinds, Sessions: c.Sessions, AckWait: c.AckWait, MaxDeliver: c.MaxDeliver, FromNow: c.FromNow,
 		Lost: func(err error) { fmt.Fprintf(env.stderr, "connection lost: %s\n", sentence(err)) },

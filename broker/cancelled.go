@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"slices"
@@ -17,8 +18,8 @@ import (
 const (
 	// maxCancelled is how many cancelled runs and requests a session remembers; at most 400 bytes each.
 	maxCancelled = 64
-	// maxAnswered is how many answered tool calls a session remembers; 8 bytes each.
-	maxAnswered = 512
+	// maxAnswered bounds what a session remembers of tool calls that were answered, at 8 bytes; a call whose result names its request takes two.
+	maxAnswered = 1024
 	// maxEndings bounds the runs that one publish ends as cancelled. Their envelopes come on top of the publish's own, within frameOverhead where it is as large as it may be.
 	maxEndings = 8
 	// endingBytes is what such an envelope takes in a frame at most.
@@ -207,14 +208,27 @@ func callHash(request []byte, call string) uint64 {
 	return binary.BigEndian.Uint64(h.Sum(nil))
 }
 
-func (l *lifecycle) wasAnswered(call uint64) bool { return slices.Contains(l.answered, call) }
+// anyRequest stands for the requests of a call's results that name one. No request_id is so long.
+var anyRequest = bytes.Repeat([]byte{0}, schema.MaxIDBytes+1) //nolint:gochecknoglobals // a constant
+
+// wasAnswered reports whether the call has its result. One that names no request is of whatever call has this id, and answers it for every request: calls of one id in several requests have results that name them.
+func (l *lifecycle) wasAnswered(request []byte, call string) bool {
+	if len(l.answered) == 0 {
+		return false
+	}
+	other := anyRequest
+	if len(request) > 0 {
+		other = nil
+	}
+	return slices.Contains(l.answered, callHash(request, call)) || slices.Contains(l.answered, callHash(other, call))
+}
 
 // answer remembers a call as the last that was answered.
-func (l *lifecycle) answer(call uint64) {
-	if l.wasAnswered(call) {
-		// In a log that was written before this was refused.
-		return
+func (l *lifecycle) answer(request []byte, call string) {
+	next := []uint64{callHash(request, call)}
+	if len(request) > 0 {
+		next = append(next, callHash(anyRequest, call))
 	}
-	old := l.answered[max(0, len(l.answered)-maxAnswered+1):]
-	l.answered = append(slices.Clone(old), call)
+	kept := slices.DeleteFunc(slices.Clone(l.answered), func(h uint64) bool { return slices.Contains(next, h) })
+	l.answered = append(kept[max(0, len(kept)-maxAnswered+len(next)):], next...)
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"tidemark/schema"
@@ -53,7 +54,7 @@ type pendingItem struct {
 // makeWork puts the work of a frame's envelope, folded just now, into what waits to be stored.
 func (p *projection) makeWork(s *projected, f *frame, seq uint64, e schema.Scanned, raw []byte) {
 	d := p.work
-	if d == nil || f.StreamSeq <= d.from || !schema.IsWork(e.Kind) {
+	if d == nil || f.StreamSeq <= d.from || !schema.IsWork(e.Kind) || !complete(e) {
 		return
 	}
 	if len(d.items) == 0 {
@@ -66,6 +67,15 @@ func (p *projection) makeWork(s *projected, f *frame, seq uint64, e schema.Scann
 		kind: e.Kind, envelope: bytes.Clone(raw), // not all of its frame
 	}})
 	d.bytes += len(raw)
+}
+
+// complete says whether the envelope is all of its work: of a tool call whose arguments are streamed only the last is, and who gets it reads the others from the session.
+func complete(e schema.Scanned) bool {
+	if e.Kind != schema.KindToolCall {
+		return true
+	}
+	var m schema.ToolCall
+	return proto.Unmarshal(e.Payload, &m) != nil || m.GetArgumentsDelta() == "" || m.GetDone()
 }
 
 // workDue says whether what waits is to be stored now. idle: there is nothing else to read.

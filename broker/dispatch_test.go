@@ -227,3 +227,27 @@ func TestI7_PagesComeBehindWork(t *testing.T) {
 		}
 	})
 }
+
+// TestI7_AStreamedCallIsOneItem: of a tool call whose arguments come in pieces the last makes the item.
+func TestI7_AStreamedCallIsOneItem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newShelf(t, 1, 59)
+		a := s.scribe("default", "a")
+		p := s.run(nil, "one")
+		for _, call := range []*schema.ToolCall{
+			{CallId: "c", Name: "ls", ArgumentsDelta: `{"dir":`}, {CallId: "c", ArgumentsDelta: `"/"`}, {CallId: "c", ArgumentsDelta: `}`, Done: true},
+			{CallId: "d", Name: "ls", ArgumentsJson: `{}`}, {CallId: "e", Name: "now"}, {CallId: "f", Name: "ls", ArgumentsDelta: `{}`}, {CallId: "f", Done: true},
+		} {
+			a.append(&schema.Envelope{Payload: &schema.Envelope_ToolCall{ToolCall: call}})
+		}
+		time.Sleep(time.Second)
+		var seqs []uint64
+		for _, w := range s.worked() {
+			seqs = append(seqs, w.GetSeq())
+		}
+		if fmt.Sprint(seqs) != "[3 4 5 7]" {
+			t.Errorf("the items are of seqs %v", seqs)
+		}
+		p.end(t)
+	})
+}

@@ -174,7 +174,7 @@ func (l *lifecycle) decide(id schema.SessionID, e *schema.Accepted) *schema.Refu
 		if proto.Unmarshal(payload, &m) != nil {
 			return nil
 		}
-		if s := saidIn(e).scan(); l.wasAnswered(callHash(s.RequestID, m.GetCallId())) {
+		if s := saidIn(e).scan(); l.wasAnswered(s.RequestID, m.GetCallId()) {
 			return schema.Refuse(schema.Code_CODE_ALREADY_ANSWERED, "The tool call %q in session %s has its result already; a call has one, and the first counts.", m.GetCallId(), id)
 		}
 	case schema.KindUserInput:
@@ -283,7 +283,7 @@ func (l *lifecycle) move(seq uint64, first bool, e said) {
 		var m schema.ToolResult
 		if proto.Unmarshal(e.payload, &m) == nil {
 			s := e.scan()
-			l.answer(callHash(s.RequestID, m.GetCallId()))
+			l.answer(s.RequestID, m.GetCallId())
 		}
 	case schema.KindCancel:
 		var m schema.Cancel

@@ -2,6 +2,7 @@ package edgegrpc
 
 import (
 	"context"
+	"slices"
 
 	"tidemark/broker"
 	"tidemark/internal/auth"
@@ -58,6 +59,10 @@ func (e *Edge) listWorkGroups(ctx context.Context, p *auth.Principal, _ *schema.
 	if err != nil {
 		return nil, err
 	}
+	// What a group takes names sessions.
+	groups = slices.DeleteFunc(groups, func(g *schema.WorkGroup) bool {
+		return slices.ContainsFunc(g.GetSessions(), func(pattern string) bool { return !p.Covers(pattern) })
+	})
 	return &schema.ListWorkGroupsResponse{Groups: groups}, nil
 }
 

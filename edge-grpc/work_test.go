@@ -103,9 +103,13 @@ func testWorkCalls(w *world, d dialect) {
 	w.put("a1", 4, 5)
 	w.put("b1", 6)
 
-	// Groups are shown to who may work, whatever they hold.
+	// A group is shown to who may have all of its sessions.
 	groups := new(schema.ListWorkGroupsResponse)
 	w.must(k.call("ListWorkGroups", &schema.ListWorkGroupsRequest{}, groups))
+	if len(groups.GetGroups()) != 0 {
+		w.Errorf("a worker of a part of its sessions sees %v", groups)
+	}
+	w.must(all.call("ListWorkGroups", &schema.ListWorkGroupsRequest{}, groups))
 	if len(groups.GetGroups()) != 1 || groups.GetGroups()[0].GetGroup() != "g" || groups.GetGroups()[0].GetWaiting() != 3 {
 		w.Errorf("groups: %v", groups)
 	}

@@ -94,7 +94,7 @@ type SessionServiceClient interface {
 	Connect(context.Context) (*connect.BidiStreamForClientSimple[schema.ClientFrame, schema.ServerFrame], error)
 	// For workers: the frames of Connect but hello, attach and detach.
 	Work(context.Context) (*connect.BidiStreamForClientSimple[schema.ClientFrame, schema.ServerFrame], error)
-	// Keeps a run alive for agents without a connection, once, for as long as the run may be without an agent.
+	// Keeps a run alive for agents without a connection, for 60 s; call it again before. There need not be such a run yet.
 	KeepRun(context.Context, *schema.KeepRunRequest) (*schema.KeepRunResponse, error)
 	// Lists the tenant's groups.
 	ListWorkGroups(context.Context, *schema.ListWorkGroupsRequest) (*schema.ListWorkGroupsResponse, error)
@@ -366,7 +366,7 @@ type SessionServiceHandler interface {
 	Connect(context.Context, *connect.BidiStream[schema.ClientFrame, schema.ServerFrame]) error
 	// For workers: the frames of Connect but hello, attach and detach.
 	Work(context.Context, *connect.BidiStream[schema.ClientFrame, schema.ServerFrame]) error
-	// Keeps a run alive for agents without a connection, once, for as long as the run may be without an agent.
+	// Keeps a run alive for agents without a connection, for 60 s; call it again before. There need not be such a run yet.
 	KeepRun(context.Context, *schema.KeepRunRequest) (*schema.KeepRunResponse, error)
 	// Lists the tenant's groups.
 	ListWorkGroups(context.Context, *schema.ListWorkGroupsRequest) (*schema.ListWorkGroupsResponse, error)
