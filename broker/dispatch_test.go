@@ -235,8 +235,13 @@ func TestI7_AStreamedCallIsOneItem(t *testing.T) {
 		a := s.scribe("default", "a")
 		p := s.run(nil, "one")
 		for _, call := range []*schema.ToolCall{
-			{CallId: "c", Name: "ls", ArgumentsDelta: `{"dir":`}, {CallId: "c", ArgumentsDelta: `"/"`}, {CallId: "c", ArgumentsDelta: `}`, Done: true},
-			{CallId: "d", Name: "ls", ArgumentsJson: `{}`}, {CallId: "e", Name: "now"}, {CallId: "f", Name: "ls", ArgumentsDelta: `{}`}, {CallId: "f", Done: true},
+			{CallId: "c", Name: "ls", ArgumentsDelta: `{"dir":`},
+			{CallId: "c", ArgumentsDelta: `"/"`},
+			{CallId: "c", ArgumentsDelta: `}`, Done: true},
+			{CallId: "d", Name: "ls", ArgumentsJson: `{}`},
+			{CallId: "e", Name: "now"},
+			{CallId: "f", Name: "ls", ArgumentsDelta: `{}`},
+			{CallId: "f", Done: true},
 		} {
 			a.append(&schema.Envelope{Payload: &schema.Envelope_ToolCall{ToolCall: call}})
 		}
