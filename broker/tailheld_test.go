@@ -3,10 +3,35 @@ package broker
 import (
 	"log/slog"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"golang.org/x/sync/semaphore"
+
+	"tidemark/schema"
 )
+
+// TestTailMemberCountsSilenceItHasHeard: a member that could not look for a while, because NATS was away, takes nothing for silent that could not speak.
+func TestTailMemberCountsSilenceItHasHeard(t *testing.T) {
+	l := newLease(nil, "k", "me", slog.New(slog.DiscardHandler))
+	m := &TailMember{leases: []*lease{l}}
+	record := &schema.Projection{Holder: "other/1"}
+	now := time.Now()
+	look := func(after time.Duration) bool {
+		now = now.Add(after)
+		m.sees(now)
+		return l.free(7, record, now)
+	}
+	if look(0) || look(tailLook) || look(20*time.Second) {
+		t.Error("a holder was taken for silent that was not heard in time")
+	}
+	silent := time.Duration(0)
+	for ; !look(tailLook) && silent < time.Minute; silent += tailLook {
+	}
+	if silent += tailLook; silent != leaseTTL {
+		t.Errorf("a holder was taken for silent after %s", silent)
+	}
+}
 
 // TestTailHeldOverAnotherStream: when a log stream goes back, what was out of the one before is forgotten, and what is said of it moves no checkpoint in the new one.
 func TestTailHeldOverAnotherStream(t *testing.T) {

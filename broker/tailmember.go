@@ -39,6 +39,7 @@ type TailMember struct {
 
 	// Owned by run.
 	others map[string]bool // as they were seen last; empty where they never were
+	looked time.Time       // when the leases were read last
 	warned bool            // that something cannot be read or written just now
 
 	mu     sync.Mutex // guards all below
@@ -212,6 +213,7 @@ func (m *TailMember) look(ctx context.Context, holding *sync.WaitGroup) error {
 	if err != nil {
 		return errors.Join(beating, seeing, err)
 	}
+	m.sees(time.Now())
 	for i, found := range leases {
 		m.mu.Lock()
 		h := m.held[uint32(i)]
@@ -233,6 +235,16 @@ func (m *TailMember) look(ctx context.Context, holding *sync.WaitGroup) error {
 		m.hold(ctx, uint32(i), holding)
 	}
 	return errors.Join(beating, seeing)
+}
+
+// sees notes that the leases were read. Where that could not be done for a while, nor could their holders write them, perhaps: their silence counts anew.
+func (m *TailMember) sees(now time.Time) {
+	if now.Sub(m.looked) >= freshFor {
+		for _, l := range m.leases {
+			l.seen = 0
+		}
+	}
+	m.looked = now
 }
 
 // share is the partitions that should be this member's.
