@@ -186,7 +186,7 @@ func (w *toil) workers(ctx context.Context, r *rand.Rand, edges []string) {
 // takers are processes that print what they take, and are killed.
 func (w *toil) takers(ctx context.Context) {
 	for ctx.Err() == nil {
-		p := spawn(w.t, "work", "take", toilGroup, "--data-dir", w.dir, "--grpc", "grpc://"+w.overGRPC.addr)
+		p := spawn(w.t, "work", "take", toilGroup, "--data-dir", w.dir, "--edge", "grpc://"+w.overGRPC.addr)
 		over := time.NewTimer(2 * time.Second)
 		for reading := true; reading; {
 			select {
@@ -218,6 +218,10 @@ func (w *toil) takers(ctx context.Context) {
 		}
 		over.Stop()
 		<-p.ended
+		if p.cmd.ProcessState.ExitCode() == exitUsage {
+			w.fail(fmt.Errorf("a taker was told what it does not understand: %s", p.err))
+			return
+		}
 	}
 }
 
