@@ -186,3 +186,24 @@ func TestI7_WhatNobodySaw(t *testing.T) {
 		w.Close()
 	})
 }
+
+// TestI7_AGroupThatIsRemoved: its workers are told, and begin it anew.
+func TestI7_AGroupThatIsRemoved(t *testing.T) {
+	atDesk(t, func(d *desk) {
+		w, take := d.join(WorkOptions{Group: "g"})
+		w.Ack(take().ID)
+		if err := d.l.js.DeleteConsumer(d.Context(), workStream, groupKey{"default", "g"}.consumer()); err != nil {
+			d.Fatal(err)
+		}
+		time.Sleep(2 * settingsFor)
+		if _, err := w.Take(1); schema.CodeOf(err) != schema.Code_CODE_UNAVAILABLE {
+			d.Errorf("a worker of a group that is gone is told %v", err)
+		}
+		w.Close()
+		w, take = d.join(WorkOptions{Group: "g"})
+		if i := take(); i == nil {
+			d.Error("the group that was begun anew hands nothing out")
+		}
+		w.Close()
+	})
+}

@@ -58,7 +58,7 @@ func (g *workGroup) placeAgain(h *heldItem) {
 	switch {
 	case err != nil:
 		// How often it was handed out is not known just now, and it must not be given up for that.
-		g.answer(h, nak(time.Second))
+		g.handBack(time.Second, h)
 	case letter.GetWorkSeq() >= h.item.seq:
 		g.giveUp(h, s, int(letter.GetAttempts()), letter.GetReason())
 	default:

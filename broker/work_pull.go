@@ -48,6 +48,7 @@ type workGroup struct {
 	settings groupSettings
 	settled  time.Time // when the reading of the settings began
 	reading  bool      // somebody reads them
+	read     time.Time // when somebody last began to
 	workers  []*Worker
 	turn     int   // the worker that is served next
 	asks     []ask // the oldest first
@@ -260,7 +261,8 @@ func (g *workGroup) refresh() {
 		return
 	}
 	g.reading = true
-	wait := refreshGap - time.Since(g.settled)
+	wait := refreshGap - time.Since(g.read)
+	g.read = time.Now()
 	g.mu.Unlock()
 	g.log.appending.Go(func() {
 		if wait > 0 {
@@ -303,7 +305,9 @@ func (g *workGroup) refresh() {
 		if more {
 			g.refresh()
 		}
-		g.ask()
+		if err == nil {
+			g.ask()
+		}
 	})
 }
 
@@ -351,7 +355,7 @@ func (g *workGroup) room() int {
 	here := len(g.spare) + len(g.doubtful) + g.busy
 	room, all, standing := -here, 0, 0
 	for _, w := range g.workers {
-		room += w.credit - w.hand
+		room += max(w.credit-w.hand, 0)
 		all += w.credit
 	}
 	for _, a := range g.asks {
@@ -399,16 +403,14 @@ func (g *workGroup) deliver(m *nats.Msg) {
 		left, err := strconv.Atoi(m.Header.Get("Nats-Pending-Messages"))
 		g.mu.Lock()
 		if err != nil {
-			// It was not taken at all; the tick asks again, of all that there is room for.
-			g.asks = nil
+			// It was not taken at all. The tick asks again, of all that there is room for, and whether there still is such a consumer.
+			g.asks, g.settled = nil, time.Time{}
 		} else {
 			g.brought(left)
 		}
 		g.mu.Unlock()
 		if err == nil {
 			g.ask()
-		} else {
-			g.refresh()
 		}
 		return
 	}
