@@ -96,7 +96,8 @@ func TestI2_TheWinnerOfTheRacesDies(t *testing.T) {
 	Run(t, Config{Latency: time.Millisecond}, func(w *World) {
 		flood := w.Write("s", WriterOptions{Edges: []*Edge{w.Edge(0)}, Producer: "flood", Window: 128})
 		slow := w.Write("s", WriterOptions{Ways: []Way{GRPC}, Edges: []*Edge{w.Edge(1)}, Window: 1})
-		flood.SendEach(Tokens("f", 100_000))
+		flood.SendEach(Tokens("f", 1000))
+		flood.WaitAcked(500)
 		n := 0
 		put := func() {
 			n++
@@ -104,7 +105,13 @@ func TestI2_TheWinnerOfTheRacesDies(t *testing.T) {
 			slow.WaitAcked(n)
 		}
 		for w.Edge(1).Counted("tidemark_log_hand_overs_total") < 3 {
+			if n == 200 {
+				t.Fatal("nothing is handed over")
+			}
+			// It floods as long as the other writes.
+			flood.SendEach(Tokens(fmt.Sprint("f", n, "."), 2000))
 			put()
+			w.Sleep(5 * time.Millisecond)
 		}
 		w.KillEdge(w.Edge(0))
 		began := time.Now()
