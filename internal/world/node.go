@@ -51,9 +51,17 @@ func (w *World) StopNATS() {
 	s := w.node.server
 	w.node.server = nil
 	w.node.mu.Unlock()
-	if s != nil {
-		w.must(s.Shutdown(context.Background()))
+	if s == nil {
+		return
 	}
+	if w.bubble {
+		// The server sleeps with its locks held while it shuts down, and a request that waits for one of them stops the bubble's clock. So none comes any more.
+		for _, c := range w.cables() {
+			c.cut()
+		}
+		synctest.Wait()
+	}
+	w.must(s.Shutdown(context.Background()))
 }
 
 // RestartNATS stops the server in good order and starts it again.
