@@ -20,18 +20,22 @@ type node struct {
 	mu     sync.Mutex
 	dir    string
 	server *natsd.Server // nil while it is stopped
+	conns  []net.Conn    // all that were made to this server
 }
 
 var errNoNATS = errors.New("world: NATS is stopped")
 
 func (n *node) connect() (net.Conn, error) {
 	n.mu.Lock()
-	s := n.server
-	n.mu.Unlock()
-	if s == nil {
+	defer n.mu.Unlock()
+	if n.server == nil {
 		return nil, errNoNATS
 	}
-	return s.InProcessConn()
+	c, err := n.server.InProcessConn()
+	if err == nil {
+		n.conns = append(n.conns, c)
+	}
+	return c, err
 }
 
 // StartNATS starts the server on what it kept.
@@ -48,16 +52,16 @@ func (w *World) StartNATS() {
 func (w *World) StopNATS() {
 	w.t.Helper()
 	w.node.mu.Lock()
-	s := w.node.server
-	w.node.server = nil
+	s, conns := w.node.server, w.node.conns
+	w.node.server, w.node.conns = nil, nil
 	w.node.mu.Unlock()
 	if s == nil {
 		return
 	}
 	if w.bubble {
-		// The server sleeps with its locks held while it shuts down, and a request that waits for one of them stops the bubble's clock. So none comes any more.
-		for _, c := range w.cables() {
-			c.cut()
+		// The server sleeps with its locks held while it shuts down, and a request that waits for one of them stops the bubble's clock. So none comes any more, not even one that is on its way.
+		for _, c := range conns {
+			_ = c.Close()
 		}
 		synctest.Wait()
 	}

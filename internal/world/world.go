@@ -82,6 +82,7 @@ func Run(t *testing.T, cfg Config, test func(w *World)) {
 	// Libraries pool timers and channels, and those of one bubble must not be used in another. A pool is empty after two collections.
 	runtime.GC()
 	runtime.GC()
+	defer watch(t)()
 	synctest.Test(t, func(t *testing.T) {
 		w := boot(t, cfg, true)
 		test(w)

@@ -2,6 +2,10 @@ package world
 
 import (
 	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/nats-io/nats.go"
 
 	"tidemark/schema"
 )
@@ -44,6 +48,22 @@ func TestAnEdgeThatIsGone(t *testing.T) {
 		p.Publish("s", Token("one"))
 		if end := p.WantEnd(schema.Code_CODE_UNSPECIFIED); end.Err == nil {
 			t.Error("no error")
+		}
+	})
+}
+
+// TestNATSStopsWhileItIsAsked: its server sleeps with a lock held while it shuts down, and a request that is still on the wire then would wait for that lock and so stop the bubble's clock.
+func TestNATSStopsWhileItIsAsked(t *testing.T) {
+	Run(t, Config{Latency: time.Millisecond}, func(w *World) {
+		cable := w.newCable()
+		nc, err := nats.Connect("", nats.InProcessServer(cable), nats.MaxReconnects(-1), nats.ReconnectWait(time.Millisecond))
+		w.must(err)
+		defer nc.Close()
+		w.must(nc.PublishRequest("$JS.API.CONSUMER.CREATE.LOG_00", "here", []byte(`{"stream_name":"LOG_00","config":{"ack_policy":"explicit"}}`)))
+		synctest.Wait()
+		w.RestartNATS()
+		for _, e := range w.edges {
+			e.WaitReady()
 		}
 	})
 }
