@@ -1,6 +1,7 @@
 package main
 
 import (
+	"net"
 	"strings"
 	"testing"
 )
@@ -8,6 +9,12 @@ import (
 // The README's first command, faster than its natural pace: everything in it is real.
 func TestDemo(t *testing.T) {
 	t.Setenv("TIDEMARK_TEST_PROCESS", "1") // for the edges that it starts
+	// It needs none of the ports that the commands have by default: somebody may have a node running on them.
+	for _, port := range []string{"8080", "8081", "8082"} {
+		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			defer l.Close()
+		}
+	}
 	r := tidemark(t, nil, "demo", "--speed", "10")
 	if r.code != exitDone || !strings.Contains(r.out, "Nothing lost, nothing repeated, everything in order.") {
 		t.Fatalf("exit code %d\n%s\n%s", r.code, r.out, r.err)

@@ -105,7 +105,7 @@ func (s *stage) play(ctx context.Context) (_ *Report, err error) {
 		return nil, err
 	}
 	defer s.ws.stop()
-	if s.grpc, err = startEdge(ctx, s.cfg.Self, "grpc", s.env, "edge-grpc", "--grpc", "127.0.0.1:0"); err != nil {
+	if s.grpc, err = startEdge(ctx, s.cfg.Self, "grpc", s.env, "edge-grpc", "--grpc", "127.0.0.1:0", "--http", "off"); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -206,7 +206,7 @@ func (s *stage) publish(ctx context.Context, agent *client.Client, ada *watcher,
 		s.screen.note("the gRPC edge is killed (kill -9), with the agent's and Ben's connections")
 		s.grpc.kill()
 		restarting.Go(func() {
-			next, err := startEdge(ctx, s.cfg.Self, "grpc", s.env, "edge-grpc", "--grpc", s.grpc.addr)
+			next, err := startEdge(ctx, s.cfg.Self, "grpc", s.env, "edge-grpc", "--grpc", s.grpc.addr, "--http", "off")
 			if err != nil {
 				cancel(err)
 				return
