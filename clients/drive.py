@@ -195,6 +195,7 @@ async def main():
                 ("Node, agent and UI", lambda: workflow(system, "node", os.path.join(NODE, "workflow.mjs"))),
                 ("Python, gRPC", lambda: script(system, sys.executable, os.path.join(HERE, "over_grpc.py"))),
                 ("Node, gRPC-Web", lambda: script(system, "node", os.path.join(NODE, "over_grpc_web.mjs"))),
+                ("Python, work and analytics", lambda: alone(system, sys.executable, os.path.join(HERE, "work.py"))),
                 ("Python, NATS itself", lambda: raw(system)),
                 ("README.md", lambda: readme.check(system, CACHE)),
             ]:
