@@ -59,7 +59,7 @@ type Broker struct {
 	watched *watchdogMetrics
 
 	// working is the connection, once the deployment is laid out.
-	working atomic.Pointer[nats.Conn]
+	working atomic.Pointer[connection]
 }
 
 // NewBroker makes a broker. The error is one in its configuration.
@@ -82,7 +82,7 @@ func (b *Broker) Run(ctx context.Context) error {
 		return err
 	}
 	defer nc.Close()
-	js, err := jetstream.New(nc)
+	js, err := jetstream.New(nc.Conn)
 	if err != nil {
 		return err
 	}
@@ -123,7 +123,7 @@ func (b *Broker) Ready() error {
 }
 
 // prepare lays the deployment out, waiting for the server as long as it takes.
-func (b *Broker) prepare(ctx context.Context, nc *nats.Conn, js jetstream.JetStream) (jetstream.KeyValue, error) {
+func (b *Broker) prepare(ctx context.Context, nc *connection, js jetstream.JetStream) (jetstream.KeyValue, error) {
 	var retry backoff
 	for said := false; ; said = true {
 		kv, err := b.layOut(ctx, js)

@@ -31,7 +31,8 @@ type Server struct {
 
 // connect opens a connection that reconnects for ever. The first attempt may fail: whoever starts a process against a server that is not there yet wants it to wait, so the caller asks
 // Status.
-func (s Server) connect(logger *slog.Logger, purpose string) (*nats.Conn, error) {
+func (s Server) connect(logger *slog.Logger, purpose string) (*connection, error) {
+	c := new(connection)
 	opts := []nats.Option{
 		nats.Name(s.Name + " " + purpose),
 		nats.MaxReconnects(-1),
@@ -43,6 +44,7 @@ func (s Server) connect(logger *slog.Logger, purpose string) (*nats.Conn, error)
 		nats.PingInterval(10 * time.Second),
 		nats.MaxPingsOutstanding(2),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			c.lost()
 			if err != nil {
 				logger.Warn("connection to NATS lost; reconnecting", "for", purpose, "error", err)
 			}
@@ -63,8 +65,8 @@ func (s Server) connect(logger *slog.Logger, purpose string) (*nats.Conn, error)
 	if s.Creds != "" {
 		opts = append(opts, nats.UserCredentials(s.Creds))
 	}
-	c, err := nats.Connect(s.URL, opts...)
-	if err != nil {
+	var err error
+	if c.Conn, err = nats.Connect(s.URL, opts...); err != nil {
 		return nil, &schema.Refusal{Code: schema.Code_CODE_UNAVAILABLE, Message: "The connection to NATS cannot be set up; check the server's address and credentials.", Err: err}
 	}
 	return c, nil

@@ -17,7 +17,7 @@ func TruncateSession(ctx context.Context, s Server, id schema.SessionID, first u
 		return 0, err
 	}
 	defer conn.Close()
-	js, err := jetstream.New(conn)
+	js, err := jetstream.New(conn.Conn)
 	if err != nil {
 		return 0, err
 	}
@@ -81,7 +81,7 @@ func ExpireSession(ctx context.Context, s Server, id schema.SessionID) error {
 		return err
 	}
 	defer conn.Close()
-	js, err := jetstream.New(conn)
+	js, err := jetstream.New(conn.Conn)
 	if err != nil {
 		return err
 	}

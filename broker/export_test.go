@@ -14,7 +14,7 @@ func Provision(ctx context.Context, s Server, l Layout) error {
 		return err
 	}
 	defer conn.Close()
-	js, err := jetstream.New(conn)
+	js, err := jetstream.New(conn.Conn)
 	if err != nil {
 		return err
 	}

@@ -75,7 +75,7 @@ func (a *appender) handOver(ctx context.Context, edge string, batch []*Submissio
 }
 
 // handOver asks edge to append the first submissions of the batch, as many as make a frame, and returns what became of them. Nothing of the batch is stored up to base. After an error it is not known.
-func handOver(ctx context.Context, nc *nats.Conn, edge string, id schema.SessionID, base Cursor, batch []*Submission) ([]*schema.HandOverResult, error) {
+func handOver(ctx context.Context, nc *connection, edge string, id schema.SessionID, base Cursor, batch []*Submission) ([]*schema.HandOverResult, error) {
 	data := appendString(nil, 1, id.Tenant)
 	data = appendString(data, 2, id.Name)
 	data = appendString(data, 3, base.Epoch)
@@ -91,7 +91,7 @@ func handOver(ctx context.Context, nc *nats.Conn, edge string, id schema.Session
 	}
 	ctx, cancel := context.WithTimeout(ctx, handOverTimeout)
 	defer cancel()
-	msg, err := nc.RequestWithContext(ctx, edgeSubject(edge), data)
+	msg, err := nc.roundTrip(ctx, &nats.Msg{Subject: edgeSubject(edge), Data: data})
 	if err != nil {
 		return nil, err
 	}

@@ -64,8 +64,8 @@ type JetStreamLog struct {
 	edge    string
 	logger  *slog.Logger
 	metrics *metrics
-	conn    *nats.Conn // appends and tails
-	reads   *nats.Conn // replay: a large answer there delays no acknowledgement here
+	conn    *connection // appends and tails
+	reads   *connection // replay: a large answer there delays no acknowledgement here
 	js      jetstream.JetStream
 
 	// Static once ready: discovered from the deployment.
@@ -118,7 +118,7 @@ func Open(cfg Config) (*JetStreamLog, error) {
 		conn.Close()
 		return nil, err
 	}
-	js, err := jetstream.New(conn)
+	js, err := jetstream.New(conn.Conn)
 	if err != nil {
 		conn.Close()
 		reads.Close()

@@ -20,6 +20,8 @@ func (r *reader) latest(ctx context.Context, stream, wildcard string) ([]*stored
 	}
 	limited, cancel := context.WithTimeout(ctx, getTimeout)
 	defer cancel()
+	limited, stop := r.nc.untilLost(limited)
+	defer stop()
 	body, err := json.Marshal(map[string]any{"multi_last": []string{wildcard}})
 	if err != nil {
 		return nil, err
@@ -40,6 +42,9 @@ func (r *reader) latest(ctx context.Context, stream, wildcard string) ([]*stored
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil, ctx.Err()
+			}
+			if cause := context.Cause(limited); cause != nil {
+				err = cause
 			}
 			return nil, unreadable(err)
 		}

@@ -15,7 +15,7 @@ import (
 // notary appends what Tidemark itself has to say of sessions, from a process that follows no log: each submission is decided and stored on top of the session's head as it is read for it. That costs a few reads each
 // time; it is for words that are rare. All its methods may be called concurrently; it holds nothing of a session.
 type notary struct {
-	nc *nats.Conn
+	nc *connection
 	r  *reader
 	// name is under which it writes frames. No edge has it: who loses races to it has nobody to hand over to.
 	name string

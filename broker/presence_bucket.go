@@ -57,7 +57,7 @@ func provisionPresence(ctx context.Context, js jetstream.JetStream, replicas int
 }
 
 // keepPresence makes the bucket again whenever NATS has lost it, as a single server has after a restart, until ctx ends.
-func (b *Broker) keepPresence(ctx context.Context, nc *nats.Conn, js jetstream.JetStream) {
+func (b *Broker) keepPresence(ctx context.Context, nc *connection, js jetstream.JetStream) {
 	connected := nc.StatusChanged(nats.CONNECTED)
 	defer nc.RemoveStatusListener(connected)
 	tick := time.NewTicker(presenceLooked)

@@ -8,8 +8,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
 	"tidemark/schema"
 )
 
@@ -22,7 +20,7 @@ import (
 type projection struct {
 	// Static after construction.
 	r          *reader
-	nc         *nats.Conn
+	nc         *connection
 	logger     *slog.Logger
 	metrics    *projectionMetrics
 	guard      guard
@@ -129,7 +127,7 @@ const (
 	flushAfter = 10 * time.Second
 )
 
-func newProjection(nc *nats.Conn, r *reader, g guard, budget int, m *projectionMetrics, logger *slog.Logger) *projection {
+func newProjection(nc *connection, r *reader, g guard, budget int, m *projectionMetrics, logger *slog.Logger) *projection {
 	return &projection{
 		r: r, nc: nc, guard: g, budget: budget, metrics: m, logger: logger, maxMessage: int(nc.MaxPayload()) - 1<<10,
 		sessions: make(map[string]*projected), idle: list.New(), dirty: make(map[*projected]struct{}),

@@ -213,10 +213,10 @@ func (w *write) throughOf(m *stored) (uint64, bool) {
 }
 
 // publishFenced stores a message, if the last one of its subject is the one with sequence rev, and returns its sequence.
-func publishFenced(ctx context.Context, nc *nats.Conn, subject string, data []byte, rev uint64) (uint64, error) {
+func publishFenced(ctx context.Context, nc *connection, subject string, data []byte, rev uint64) (uint64, error) {
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	reply, err := nc.RequestMsgWithContext(ctx, &nats.Msg{Subject: subject, Data: data, Header: nats.Header{
+	reply, err := nc.roundTrip(ctx, &nats.Msg{Subject: subject, Data: data, Header: nats.Header{
 		jetstream.ExpectedLastSubjSeqHeader: {strconv.FormatUint(rev, 10)},
 	}})
 	if err != nil {
@@ -315,7 +315,7 @@ func (p *projection) bury(ctx context.Context, ln lane, tombstone *frame) error 
 // clear removes the session's pages and its record, as far as they were stored before its tombstone was projected. A projector that was thought dead must not take away what the next history has stored
 // meanwhile: so the end of the page stream is read first, then the guard says whether we are still the one to write, and only what is before that end is purged. The record is named by its sequence.
 func (p *projection) clear(ctx context.Context, ln lane, streamSeq uint64) error {
-	js, err := jetstream.New(p.nc)
+	js, err := jetstream.New(p.nc.Conn)
 	if err != nil {
 		return err
 	}

@@ -15,7 +15,7 @@ import (
 type projector struct {
 	// Static after construction.
 	stream  string
-	nc      *nats.Conn
+	nc      *connection
 	js      jetstream.JetStream
 	r       *reader
 	lease   *lease

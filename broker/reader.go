@@ -21,7 +21,7 @@ import (
 // Errors are refusals, the context's, or errGone. A refusal is unavailable where NATS does not answer, which passes, and internal where what is stored cannot be read, which does not.
 type reader struct {
 	// Static after construction.
-	nc      *nats.Conn
+	nc      *connection
 	streams int
 	// gets holds a permit for each request in flight.
 	gets chan struct{}
@@ -46,7 +46,7 @@ const errCodeNoMessage jetstream.ErrorCode = 10037
 
 func isGone(err error) bool { return errors.Is(err, errGone) }
 
-func newReader(nc *nats.Conn, streams int) *reader {
+func newReader(nc *connection, streams int) *reader {
 	return &reader{nc: nc, streams: streams, gets: make(chan struct{}, maxGets)}
 }
 
@@ -194,7 +194,7 @@ func (r *reader) request(ctx context.Context, api, body string) (*nats.Msg, erro
 	}
 	limited, cancel := context.WithTimeout(ctx, getTimeout)
 	defer cancel()
-	m, err := r.nc.RequestWithContext(limited, api, []byte(body))
+	m, err := r.nc.roundTrip(limited, &nats.Msg{Subject: api, Data: []byte(body)})
 	if err == nil {
 		return m, nil
 	}

@@ -42,7 +42,7 @@ func Rebuild(ctx context.Context, cfg RebuildConfig) (Rebuilt, error) {
 		return Rebuilt{}, err
 	}
 	defer nc.Close()
-	js, err := jetstream.New(nc)
+	js, err := jetstream.New(nc.Conn)
 	if err != nil {
 		return Rebuilt{}, err
 	}
@@ -77,7 +77,7 @@ func discoverWithin(ctx context.Context, js jetstream.JetStream, d time.Duration
 }
 
 type rebuild struct {
-	nc      *nats.Conn
+	nc      *connection
 	js      jetstream.JetStream
 	r       *reader
 	metrics *projectionMetrics

@@ -25,7 +25,7 @@ type shelf struct {
 	dir    string
 	node   *natsd.Server
 	layout Layout
-	nc     *nats.Conn
+	nc     *connection
 	js     jetstream.JetStream
 	r      *reader
 	rng    *rand.Rand
@@ -56,7 +56,7 @@ func (s *shelf) start(listen string) {
 	if s.nc, err = s.server().connect(slog.New(slog.DiscardHandler), "test"); err != nil {
 		s.Fatal(err)
 	}
-	if s.js, err = jetstream.New(s.nc); err != nil {
+	if s.js, err = jetstream.New(s.nc.Conn); err != nil {
 		s.Fatal(err)
 	}
 	s.r = newReader(s.nc, s.layout.Streams)

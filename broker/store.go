@@ -74,7 +74,7 @@ func (l *JetStreamLog) store(ctx context.Context, a *appender, data []byte, tomb
 func (l *JetStreamLog) request(ctx context.Context, msg *nats.Msg) (uint64, error) {
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	reply, err := l.conn.RequestMsgWithContext(ctx, msg)
+	reply, err := l.conn.roundTrip(ctx, msg)
 	if err != nil {
 		return 0, err
 	}

@@ -320,6 +320,31 @@ func TestI8_NATSIsAway(t *testing.T) {
 	}
 }
 
+// TestI8_AskedWhenNATSWentAway: what was on its way to NATS, or back, when the connection broke is not waited for: it is asked again when there is a connection.
+func TestI8_AskedWhenNATSWentAway(t *testing.T) {
+	Run(t, Config{Latency: 5 * time.Millisecond}, func(w *World) {
+		x := w.Write("s", WriterOptions{Edges: []*Edge{w.Edge(0)}, Producer: "p"})
+		x.Send(Token("one"))
+		x.WaitAcked(1)
+		for n := uint64(2); n < 30; n++ {
+			x.Send(Token("more"))
+			r := w.Read("s", ReaderOptions{Edges: []*Edge{w.Edge(int(n % 2))}})
+			w.Sleep(time.Duration(n) * time.Millisecond)
+			for _, e := range w.edges {
+				e.CutNATS()
+			}
+			began := time.Now()
+			x.WaitAcked(int(n))
+			acked := time.Since(began)
+			r.Wait(n)
+			if seen := time.Since(began); acked > time.Second || seen > time.Second {
+				t.Errorf("cut %d ms after they were asked: acknowledged after %s, seen after %s", n, acked, seen)
+			}
+			r.Stop()
+		}
+	})
+}
+
 // TestI8_SoonAfterNATSIsBack: however long it was away, and whether it came back as it was or anew, publishes and followers go on within moments.
 func TestI8_SoonAfterNATSIsBack(t *testing.T) {
 	Run(t, Config{}, func(w *World) {

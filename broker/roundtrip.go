@@ -1,0 +1,59 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"github.com/nats-io/nats.go"
+)
+
+// errLost says that the connection was lost, and with it the answer to what was asked on it.
+var errLost = errors.New("broker: the connection to NATS was lost before the answer came")
+
+// connection is a connection to NATS that says when it was lost: the answers to what was asked on it cannot come any more then, and the client library would have each wait for its whole time. Its methods may be called concurrently.
+type connection struct {
+	*nats.Conn
+
+	mu sync.Mutex
+	// alive ends with errLost when the connection, as it is now, is lost.
+	alive context.Context
+	lose  context.CancelCauseFunc
+}
+
+// lost ends the waits for answers. What is asked from now on goes out when there is a connection again, or fails at once.
+func (c *connection) lost() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.lose != nil {
+		c.lose(errLost)
+	}
+	c.alive, c.lose = nil, nil
+}
+
+// untilLost is a context that also ends when the connection is lost, with the cause errLost. stop must be called.
+func (c *connection) untilLost(ctx context.Context) (asking context.Context, stop func()) {
+	c.mu.Lock()
+	if c.alive == nil {
+		c.alive, c.lose = context.WithCancelCause(context.Background()) //nolint:forbidigo // the connection's own lifetime
+	}
+	alive := c.alive
+	c.mu.Unlock()
+	asking, cancel := context.WithCancelCause(ctx)
+	forget := context.AfterFunc(alive, func() { cancel(errLost) })
+	return asking, func() {
+		forget()
+		cancel(nil)
+	}
+}
+
+// roundTrip makes a request and waits for its answer until ctx ends or the connection is lost. Whether the request was carried out is not known after an error.
+func (c *connection) roundTrip(ctx context.Context, m *nats.Msg) (*nats.Msg, error) {
+	asking, stop := c.untilLost(ctx)
+	defer stop()
+	answer, err := c.RequestMsgWithContext(asking, m)
+	if err != nil && errors.Is(context.Cause(asking), errLost) {
+		err = errLost
+	}
+	return answer, err
+}
