@@ -177,6 +177,8 @@ func (c *devCommand) welcome(env *environment, n *node, at addresses) error {
 		env.program + " follow" + where + " hello",
 		"echo 'Hello from the shell' | " + env.program + " publish" + where + " hello",
 		env.program + " sessions ls" + where,
+		env.program + " work take" + where + " tools",
+		env.program + " tail" + where + " analytics",
 		"",
 		"T=$(" + env.program + " token" + where + ")",
 		"websocat \"" + socket + "$T\"",
