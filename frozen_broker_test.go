@@ -205,7 +205,7 @@ func TestI7_FrozenBroker(t *testing.T) {
 		name string
 		*proc
 	}{{"first", w.first}, {"second", w.second}} {
-		b.signal(syscall.SIGSTOP)
+		b.freeze()
 		frozen := time.Now()
 		waitFor(t, "the other broker to dispatch", flows(frozen))
 		b.signal(syscall.SIGCONT)
@@ -308,7 +308,7 @@ func TestI10_FrozenBroker(t *testing.T) {
 		}
 		return false
 	})
-	w.first.signal(syscall.SIGSTOP)
+	w.first.freeze()
 	runs, questions := ended()
 	t.Logf("%s after the first run began, the broker is frozen with %d runs of %d failed and %d questions answered", time.Since(began).Round(time.Millisecond), runs, n, questions)
 	waitFor(t, "the other broker to give its verdicts", func() bool {

@@ -69,7 +69,7 @@ func TestKillsAtWork(t *testing.T) {
 		w.pause(500 * time.Millisecond)
 		if i%5 == 4 {
 			// Another broker takes over from one that is frozen, and then there are two.
-			w.standby.p.signal(syscall.SIGSTOP)
+			w.standby.p.freeze()
 			w.pass(5 * time.Second) // its leases run out
 			w.standby.p.signal(syscall.SIGCONT)
 			continue

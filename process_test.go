@@ -131,6 +131,16 @@ func (p *proc) signal(s os.Signal) {
 	}
 }
 
+// freeze stops the process where it is, and returns when it stands still. SIGCONT lets it go on.
+func (p *proc) freeze() {
+	p.t.Helper()
+	p.signal(syscall.SIGSTOP)
+	var status syscall.WaitStatus
+	if _, err := syscall.Wait4(p.cmd.Process.Pid, &status, syscall.WUNTRACED, nil); err != nil || !status.Stopped() {
+		p.t.Fatalf("the process does not stand still: status %#x, %v", status, err)
+	}
+}
+
 // wait waits until the process has ended and returns its exit code, -1 where a signal ended it.
 func (p *proc) wait() int {
 	p.t.Helper()
