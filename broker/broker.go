@@ -149,7 +149,7 @@ func passing(err error) bool {
 	}
 	for _, e := range []error{
 		context.DeadlineExceeded, nats.ErrTimeout, nats.ErrNoResponders, nats.ErrDisconnected, nats.ErrConnectionReconnecting, nats.ErrReconnectBufExceeded,
-		jetstream.ErrNoStreamResponse,
+		jetstream.ErrNoStreamResponse, errLost,
 	} {
 		if errors.Is(err, e) {
 			return true

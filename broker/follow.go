@@ -345,10 +345,6 @@ func (l *JetStreamLog) follow(ctx context.Context, stream string, t *tail) {
 	}
 }
 
-// resetAttempts is how often the client makes an ordered consumer anew by itself before it gives it up to us. Between attempts it would wait for seconds, up to ten; our own waits are shorter and end with
-// the context. Stop must not be called from another goroutine than Next's: it waits for Next, or for all the attempts.
-const resetAttempts = 1
-
 // consume reads the stream from where the tail is until something breaks. caughtUp is called when it has come to what was the end when it began.
 func (l *JetStreamLog) consume(ctx context.Context, stream string, t *tail, caughtUp func()) error {
 	s, err := l.js.Stream(ctx, stream)
@@ -362,33 +358,25 @@ func (l *JetStreamLog) consume(ctx context.Context, stream string, t *tail, caug
 		t.reset()
 		at = 0
 	}
-	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: at + 1, MaxResetAttempts: resetAttempts}
+	var since *time.Time
 	if at == 0 {
-		cfg.OptStartSeq = l.warmFrom(now)
-		if from := time.Now().Add(-l.cfg.WarmFor); cfg.OptStartSeq <= now.LastSeq && now.FirstTime.Before(from) {
-			cfg = jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartTimePolicy, OptStartTime: &from, MaxResetAttempts: resetAttempts}
+		at = l.warmFrom(now) - 1
+		if from := time.Now().Add(-l.cfg.WarmFor); at < now.LastSeq && now.FirstTime.Before(from) {
+			since = &from
 		}
 	}
-	cons, err := s.OrderedConsumer(ctx, cfg)
+	o, err := l.conn.readOrdered(ctx, s, at, since)
 	if err != nil {
 		return err
 	}
-	it, err := cons.Messages()
-	if err != nil {
-		return err
-	}
-	defer it.Stop()
-	info := cons.CachedInfo()
+	defer o.close()
+	info := o.cons.CachedInfo()
 	t.passed(info.Delivered.Stream)
 	if info.NumPending == 0 {
 		caughtUp()
 	}
 	for {
-		msg, err := it.Next(jetstream.NextContext(ctx))
-		if err != nil {
-			return err
-		}
-		meta, err := msg.Metadata()
+		msg, meta, err := o.next(ctx, 0)
 		if err != nil {
 			return err
 		}

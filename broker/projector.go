@@ -73,15 +73,11 @@ func (p *projector) hold(ctx context.Context) error {
 			"stream", p.stream, "checkpoint", read, "last", last)
 		read = 0
 	}
-	cons, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: read + 1, MaxResetAttempts: resetAttempts})
+	o, err := p.nc.readOrdered(ctx, s, read, nil, jetstream.PullMaxMessagesWithBytesLimit(pullMessages, max(pullBytes, 2*int(p.nc.MaxPayload()))))
 	if err != nil {
 		return err
 	}
-	it, err := cons.Messages(jetstream.PullMaxMessagesWithBytesLimit(pullMessages, max(pullBytes, 2*int(p.nc.MaxPayload()))))
-	if err != nil {
-		return err
-	}
-	defer it.Stop()
+	defer o.close()
 	proj := newProjection(p.nc, p.r, p.lease, p.budget, p.metrics, p.logger)
 	proj.work = &dispatch{from: read}
 	p.post = p.dog.post(p.stream, p.lease)
@@ -93,7 +89,7 @@ func (p *projector) hold(ctx context.Context) error {
 	wg.Go(func() { p.post.learn(beside) })
 	defer wg.Wait()
 	defer stop()
-	read, err = p.project(ctx, it, proj, read)
+	read, err = p.project(ctx, o, proj, read)
 	if ctx.Err() == nil {
 		return err
 	}
@@ -101,21 +97,17 @@ func (p *projector) hold(ctx context.Context) error {
 }
 
 // project takes in messages and stores what is due, until something breaks. It returns the stream sequence that it came to.
-func (p *projector) project(ctx context.Context, it jetstream.MessagesContext, proj *projection, read uint64) (uint64, error) {
+func (p *projector) project(ctx context.Context, o *ordered, proj *projection, read uint64) (uint64, error) {
 	nextTick, nextBeat := time.Now().Add(tickEvery), time.Now().Add(beatEvery)
 	for {
 		idle := false
-		msg, err := it.Next(jetstream.NextMaxWait(max(time.Until(nextTick), time.Millisecond)))
+		msg, meta, err := o.next(ctx, max(time.Until(nextTick), time.Millisecond))
 		if ctx.Err() != nil {
 			return read, ctx.Err()
 		}
 		now := time.Now()
 		switch {
 		case err == nil:
-			meta, err := msg.Metadata()
-			if err != nil {
-				return read, err
-			}
 			if err := proj.add(ctx, msg.Subject(), meta.Sequence.Stream, msg.Data(), now); err != nil {
 				return read, err
 			}

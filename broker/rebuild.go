@@ -128,33 +128,25 @@ func (b *rebuild) stream(ctx context.Context, name string) error {
 	if s.CachedInfo().State.Msgs == 0 {
 		return nil
 	}
-	cons, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{MaxResetAttempts: resetAttempts})
+	o, err := b.nc.readOrdered(ctx, s, 0, nil, jetstream.PullMaxMessagesWithBytesLimit(pullMessages, max(pullBytes, 2*int(b.nc.MaxPayload()))))
 	if err != nil {
 		return unreadable(err)
 	}
-	it, err := cons.Messages(jetstream.PullMaxMessagesWithBytesLimit(pullMessages, max(pullBytes, 2*int(b.nc.MaxPayload()))))
-	if err != nil {
-		return unreadable(err)
-	}
-	defer it.Stop()
+	defer o.close()
 	p := b.projection()
 	defer b.count(p)
 	for pending := uint64(1); pending > 0; {
-		msg, err := it.Next(jetstream.NextMaxWait(getTimeout))
+		msg, meta, err := o.next(ctx, getTimeout)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		if errors.Is(err, nats.ErrTimeout) {
 			// What was still to come may have been deleted; otherwise NATS is away, and comes back.
-			if info, err := cons.Info(ctx); err == nil {
-				pending = info.NumPending
+			if left, err := o.left(ctx); err == nil {
+				pending = left
 			}
 			continue
 		}
-		if err != nil {
-			return unreadable(err)
-		}
-		meta, err := msg.Metadata()
 		if err != nil {
 			return unreadable(err)
 		}

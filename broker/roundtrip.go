@@ -31,16 +31,37 @@ func (c *connection) lost() {
 	c.alive, c.lose = nil, nil
 }
 
-// untilLost is a context that also ends when the connection is lost, with the cause errLost. stop must be called.
-func (c *connection) untilLost(ctx context.Context) (asking context.Context, stop func()) {
+// onLoss does something in a goroutine of its own when the connection is lost, unless it is forgotten before.
+func (c *connection) onLoss(do func()) (forget func() bool) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	if c.alive == nil {
 		c.alive, c.lose = context.WithCancelCause(context.Background()) //nolint:forbidigo // the connection's own lifetime
 	}
-	alive := c.alive
-	c.mu.Unlock()
+	return context.AfterFunc(c.alive, do)
+}
+
+// awaitConnected waits until there is a connection; the error is ctx's cause, or says that there will be none.
+func (c *connection) awaitConnected(ctx context.Context) error {
+	changed := c.StatusChanged(nats.CONNECTED, nats.CLOSED)
+	defer c.RemoveStatusListener(changed)
+	for !c.IsConnected() {
+		if c.IsClosed() {
+			return nats.ErrConnectionClosed
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// untilLost is a context that also ends when the connection is lost, with the cause errLost. stop must be called.
+func (c *connection) untilLost(ctx context.Context) (asking context.Context, stop func()) {
 	asking, cancel := context.WithCancelCause(ctx)
-	forget := context.AfterFunc(alive, func() { cancel(errLost) })
+	forget := c.onLoss(func() { cancel(errLost) })
 	return asking, func() {
 		forget()
 		cancel(nil)

@@ -224,22 +224,18 @@ func (h *held) consume(ctx context.Context) error {
 		return err
 	}
 	at := h.begin(s.CachedInfo().State)
-	cons, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: at + 1, MaxResetAttempts: resetAttempts})
+	o, err := l.conn.readOrdered(ctx, s, at, nil, jetstream.PullMaxMessagesWithBytesLimit(tailPull, max(2*tailBatchBytes, 2*int(l.conn.MaxPayload()))))
 	if err != nil {
 		return err
 	}
-	it, err := cons.Messages(jetstream.PullMaxMessagesWithBytesLimit(tailPull, max(2*tailBatchBytes, 2*int(l.conn.MaxPayload()))))
-	if err != nil {
-		return err
-	}
-	defer it.Stop()
+	defer o.close()
 	var open *TailBatch
 	for {
-		wait := jetstream.NextContext(ctx)
+		var wait time.Duration
 		if open != nil {
-			wait = jetstream.NextMaxWait(tailLinger)
+			wait = tailLinger
 		}
-		msg, err := it.Next(wait)
+		msg, meta, err := o.next(ctx, wait)
 		if open != nil && errors.Is(err, nats.ErrTimeout) {
 			if err := h.flush(ctx, open); err != nil {
 				return err
@@ -247,10 +243,6 @@ func (h *held) consume(ctx context.Context) error {
 			open = nil
 			continue
 		}
-		if err != nil {
-			return err
-		}
-		meta, err := msg.Metadata()
 		if err != nil {
 			return err
 		}
