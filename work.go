@@ -23,6 +23,7 @@ type workCommand struct {
 	Ls      workLsCommand      `cmd:"" help:"List work that a group has not settled, or all that is kept, the oldest first."`
 	Dead    workDeadCommand    `cmd:"" help:"List dead letters: work that groups gave up."`
 	Redrive workRedriveCommand `cmd:"" help:"Hand dead letters to their groups again."`
+	Rm      workRmCommand      `cmd:"" help:"Remove a group, with what it has in hand and what waits for it; its dead letters stay."`
 	Take    workTakeCommand    `cmd:"" help:"Take work of a group: print each item as a line of JSON, and acknowledge it then."`
 }
 
@@ -57,6 +58,23 @@ func (c *workGroupsCommand) Run(ctx context.Context, env *environment) error {
 		}
 	}
 	return errors.Join(t.end(), l.close())
+}
+
+type workRmCommand struct {
+	Group string `arg:"" help:"The group."`
+	connectFlags
+}
+
+// Run removes the group. Whoever works for it is told, and begins it anew if it joins again.
+func (c *workRmCommand) Run(ctx context.Context, env *environment) error {
+	l, err := c.connect(ctx, env)
+	if err != nil {
+		return err
+	}
+	if err = l.DeleteWorkGroup(ctx, c.Group); err == nil {
+		fmt.Fprintf(env.stdout, "removed group %q\n", c.Group)
+	}
+	return errors.Join(err, l.close())
 }
 
 type workLsCommand struct {
@@ -180,8 +198,8 @@ func (c *workRedriveCommand) Run(ctx context.Context, env *environment) error {
 type workTakeCommand struct {
 	Group string `arg:"" help:"The group. It begins with its first worker."`
 	connectFlags
-	Kinds      []string      `placeholder:"TYPE" help:"What the group takes: tool_call, start_run, user_message, user_input, cancel. Default: as it has it; all for a new one."`
-	Sessions   []string      `placeholder:"NAME" help:"Sessions, and prefixes that end in *, that the group takes work of. Default: as it has it; all for a new one."`
+	Kinds      []string      `placeholder:"TYPE" help:"What the group takes: tool_call, start_run, user_message, user_input, cancel. Default: as it has it; all for a new one. It can only be widened."`
+	Sessions   []string      `placeholder:"NAME" help:"Sessions, and prefixes that end in *, that the group takes work of. Default: as it has it; all for a new one. It can only be widened."`
 	AckWait    time.Duration `help:"How long a worker of the group may be silent about an item. Default: as it has it; 30s for a new one."`
 	MaxDeliver int           `placeholder:"N" help:"How often an item is handed out before it is a dead letter. Default: as the group has it; 5 for a new one."`
 	FromNow    bool          `help:"Let a new group begin with what comes from now on."`

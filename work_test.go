@@ -145,6 +145,18 @@ func TestWorkFromTheCommandLine(t *testing.T) {
 	if want := []string{"ack 2", "ack 3", "ack 1"}; !slices.Equal(seqs, []uint64{2, 3, 1}) || !slices.Equal(q.Said(), want) {
 		t.Errorf("taken: %v", seqs)
 	}
+	if r := here("take", "to\tols", "--kinds", "user_message"); r.code != exitFailed || !strings.Contains(r.err, "takes tool_call of all sessions. What a group takes can be widened") {
+		t.Errorf("a group that takes something else: %d %s", r.code, r.err)
+	}
+	if r := here("rm", "nobody"); r.code != exitFailed || !strings.Contains(r.err, "work_not_found") {
+		t.Errorf("a group that is not there is removed: %d %s", r.code, r.err)
+	}
+	if r := here("rm", "to\tols").must(t); r.out != "removed group \"to\\tols\"\n" {
+		t.Errorf("removed: %s", r.out)
+	}
+	if r := here("groups").must(t); r.out != "" {
+		t.Errorf("groups are left:\n%s", r.out)
+	}
 	if r := here("take", strings.Repeat("g", 201)); r.code != exitFailed || !strings.Contains(r.err, "201 bytes") {
 		t.Errorf("a name that is too long: %d %s", r.code, r.err)
 	}

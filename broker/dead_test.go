@@ -50,7 +50,12 @@ func atDesk(t *testing.T, test func(d *desk)) {
 
 func (d *desk) append(text string) {
 	d.Helper()
-	if _, err := Append(d.Context(), d.l, d.id, Submission{Envelopes: []schema.Accepted{benchMessage(text)}}); err != nil {
+	d.appendTo(d.id.Name, text)
+}
+
+func (d *desk) appendTo(session, text string) {
+	d.Helper()
+	if _, err := Append(d.Context(), d.l, schema.SessionID{Tenant: d.id.Tenant, Name: session}, Submission{Envelopes: []schema.Accepted{benchMessage(text)}}); err != nil {
 		d.Fatal(err)
 	}
 }
@@ -59,7 +64,10 @@ func (d *desk) append(text string) {
 func (d *desk) join(o WorkOptions) (Taker, func() *Item) {
 	d.Helper()
 	wake := make(chan struct{}, 1)
-	o.Wake, o.May = func() { signal(wake) }, func(string) error { return nil }
+	o.Wake = func() { signal(wake) }
+	if o.May == nil {
+		o.May = func(string) error { return nil }
+	}
 	w, err := d.l.Join(d.Context(), "default", o)
 	if err != nil {
 		d.Fatal(err)

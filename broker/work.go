@@ -11,11 +11,13 @@ import (
 //
 // All methods may be called concurrently. Errors are of type [*schema.Refusal], or the context's.
 type Queue interface {
-	// Join makes a worker of a group of the tenant, and the group where there is none. What o leaves out stays as the group has it. The error is invalid_message where o is beyond its bounds, unavailable where NATS
-	// does not answer.
+	// Join makes a worker of a group of the tenant, and the group where there is none. What o leaves out stays as the group has it. The error is invalid_message where o is beyond its bounds, or names kinds or sessions that leave out
+	// something that the group takes, unavailable where NATS does not answer.
 	Join(ctx context.Context, tenant string, o WorkOptions) (Taker, error)
 	// Groups are the tenant's, in the order of their names.
 	Groups(ctx context.Context, tenant string) ([]*schema.WorkGroup, error)
+	// DeleteGroup removes a group, whose sessions may allows. What it had in hand and what waited for it is forgotten, and its workers hear of it; its dead letters stay. The error is work_not_found where there is no such group.
+	DeleteGroup(ctx context.Context, tenant, group string, may func(pattern string) error) error
 	// Items lists work, the oldest first. The error is work_not_found where there is no such group.
 	Items(ctx context.Context, tenant string, q ItemQuery) (ItemPage, error)
 	// DeadLetters lists what groups gave up, the oldest first.
@@ -44,7 +46,7 @@ var _ Taker = (*Worker)(nil)
 // WorkOptions say what a worker takes. Fields are as in [schema.WorkSubscribe].
 type WorkOptions struct {
 	Group string
-	// Kinds make work; see [schema.IsWork]. Sessions are names, and prefixes that end in *.
+	// Kinds make work; see [schema.IsWork]. Sessions are names, and prefixes that end in *. Both are what the group takes from its beginning on, and may only name more than that later.
 	Kinds    []schema.Kind
 	Sessions []string
 	// Credit is how many items the worker may have in hand. 1 where 0.
@@ -54,7 +56,7 @@ type WorkOptions struct {
 	Backoff    []time.Duration
 	Ordered    bool
 	FromNow    bool
-	// May says whether the worker's token gives access to a session or prefix of the group's filter ("*" is all); the error is what the worker is told. Required.
+	// May says whether the worker may have all work of a session or prefix of the group's filter ("*" is all); the error is what the worker is told, also when the filter is widened later. It must not block. Required.
 	May func(pattern string) error
 	// Wake is called when there may be something to take. It must not block.
 	Wake func()

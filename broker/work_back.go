@@ -12,7 +12,11 @@ import (
 // gets the item next takes off. Of an edge that dies with such an item nothing is written, and the delivery counts.
 
 func (g *workGroup) unhandedSubject(h *heldItem) string {
-	return "unhanded." + schema.EscapeToken(g.key.tenant) + "." + groupHash(g.key.name) + "." + strconv.FormatUint(h.item.seq, 10)
+	return unhandedSubject(g.key, strconv.FormatUint(h.item.seq, 10))
+}
+
+func unhandedSubject(k groupKey, item string) string {
+	return "unhanded." + schema.EscapeToken(k.tenant) + "." + groupHash(k.name) + "." + item
 }
 
 // readUnhanded is how many of the item's deliveries came into nobody's hands, and the register's revision.

@@ -25,9 +25,6 @@ const (
 	// defaultAckWait is longer than most tools take, and short for a person who waits.
 	defaultAckWait    = 30 * time.Second
 	defaultMaxDeliver = 5
-	// joinWithin is how long a worker that joins waits for NATS, in attempts that take no longer than joinAttempt.
-	joinWithin  = 10 * time.Second
-	joinAttempt = 2 * time.Second
 	// maxInHand bounds the items of a group that are in hand anywhere at once.
 	maxInHand = 100_000
 	// maxTenantGroups bounds a tenant's share of maxGroups.
@@ -57,7 +54,7 @@ func (k groupKey) consumer() string {
 	return "W" + base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:15])
 }
 
-// groupSettings are what a group's members agreed on. They are a value: a change is another.
+// groupSettings are what a group's members agreed on. They are a value: a change is another. What the group takes, its kinds and sessions, only ever grows.
 type groupSettings struct {
 	kinds    []schema.Kind
 	sessions []string
@@ -92,6 +89,16 @@ func (s groupSettings) same(o groupSettings) bool {
 	return slices.Equal(s.kinds, o.kinds) && slices.Equal(s.sessions, o.sessions) && s.ackWait == o.ackWait && s.maxDeliver == o.maxDeliver && slices.Equal(s.backoff, o.backoff)
 }
 
+// openTo says why a worker may not have every item of the group; nil where it may.
+func (s groupSettings) openTo(may func(pattern string) error) error {
+	for _, pattern := range s.sessions {
+		if err := may(pattern); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // wants reports whether the group takes items of the session.
 func (s groupSettings) wants(session string) bool {
 	return slices.ContainsFunc(s.sessions, func(pattern string) bool {
@@ -122,7 +129,7 @@ func (s groupSettings) predecessor(w *workItem) uint64 {
 // filters are the subjects that the consumer takes.
 func (s groupSettings) filters(k groupKey) []string {
 	tenant := schema.EscapeToken(k.tenant)
-	redriven := "redrive." + tenant + "." + groupHash(k.name) + ".>"
+	redriven := redriveSubjects(k)
 	exact := len(s.sessions)*len(s.kinds) < maxFilters && !slices.ContainsFunc(s.sessions, func(p string) bool { return strings.HasSuffix(p, "*") })
 	if !exact && len(s.kinds) == len(schema.WorkKinds()) {
 		// The fewer, the quicker the server finds the next.
@@ -258,120 +265,49 @@ func (o *WorkOptions) Check() error {
 	return nil
 }
 
+// Widens refuses options that would take something from what a group takes: invalid_message. Items wait where the group's consumer has them; what its filter left out for a while would never be handed out, and nobody would know.
+func (o *WorkOptions) Widens(kinds []schema.Kind, sessions []string) error {
+	narrower := func(kind schema.Kind) bool { return !slices.Contains(o.Kinds, kind) }
+	lost := func(pattern string) bool {
+		return !slices.ContainsFunc(o.Sessions, func(by string) bool { return coversPattern(by, pattern) })
+	}
+	if (len(o.Kinds) == 0 || !slices.ContainsFunc(kinds, narrower)) && (len(o.Sessions) == 0 || !slices.ContainsFunc(sessions, lost)) {
+		return nil
+	}
+	return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Group %q takes %s of %s. What a group takes can be widened and not be changed otherwise, so that nothing that waits is lost: leave 'kinds' and 'sessions' out to work as the group is set, or use another group.",
+		o.Group, words(kinds), quoted(sessions))
+}
+
+// coversPattern reports whether a name or prefix takes everything that another takes.
+func coversPattern(by, pattern string) bool {
+	prefix, open := strings.CutSuffix(by, "*")
+	return by == pattern || open && strings.HasPrefix(pattern, prefix)
+}
+
+// quotedMost bounds the names that a sentence lists.
+const quotedMost = 8
+
+// quoted is what sentences say of a group's sessions.
+func quoted(sessions []string) string {
+	if slices.Contains(sessions, "*") {
+		return "all sessions"
+	}
+	var names []string
+	for _, s := range sessions[:min(len(sessions), quotedMost)] {
+		names = append(names, strconv.Quote(s))
+	}
+	if more := len(sessions) - len(names); more > 0 {
+		return strings.Join(names, ", ") + " and " + strconv.Itoa(more) + " more"
+	}
+	return strings.Join(names, ", ")
+}
+
 func words(kinds []schema.Kind) string {
 	all := make([]string, len(kinds))
 	for i, k := range kinds {
 		all[i] = k.String()
 	}
 	return strings.Join(all, ", ")
-}
-
-// settleGroup makes the group what it is with a worker that joins: begins it, or changes what the worker names. Nobody joins, or changes, a group that takes sessions which his token gives no access to.
-// at is when the reading of the settings began.
-func (l *JetStreamLog) settleGroup(ctx context.Context, k groupKey, o WorkOptions) (s groupSettings, at time.Time, err error) {
-	var retry backoff
-	for {
-		// A request whose connection broke is never answered.
-		attempt, cancel := context.WithTimeout(ctx, joinAttempt)
-		at = time.Now()
-		s, err = l.tryGroup(attempt, k, o)
-		cancel()
-		if err == nil {
-			return s, at, nil
-		}
-		if _, refused := errors.AsType[*schema.Refusal](err); refused {
-			return s, at, err
-		}
-		// Two who begin or change it at once, or NATS that is away for a moment.
-		if !retry.wait(ctx, errNotStored) {
-			if ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				return s, at, ctx.Err()
-			}
-			return s, at, &schema.Refusal{Code: schema.Code_CODE_UNAVAILABLE, Err: err, Message: "Group \"" + k.name + "\" cannot be joined just now; try again in a moment."}
-		}
-	}
-}
-
-func (l *JetStreamLog) tryGroup(ctx context.Context, k groupKey, o WorkOptions) (groupSettings, error) {
-	stream, err := l.js.Stream(ctx, workStream)
-	if err != nil {
-		return groupSettings{}, err
-	}
-	cons, err := stream.Consumer(ctx, k.consumer())
-	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		s := groupSettings{kinds: schema.WorkKinds(), sessions: []string{"*"}, ackWait: defaultAckWait, maxDeliver: defaultMaxDeliver, ordered: o.Ordered, began: time.Now()}.with(o)
-		c := jetstream.ConsumerConfig{DeliverPolicy: jetstream.DeliverAllPolicy}
-		if o.FromNow {
-			s.start = stream.CachedInfo().State.LastSeq
-			c.DeliverPolicy, c.OptStartSeq = jetstream.DeliverByStartSequencePolicy, s.start+1
-		}
-		if err := o.covers(s); err != nil {
-			return s, err
-		}
-		if err := l.roomForGroup(ctx, stream, k); err != nil {
-			return s, err
-		}
-		if c, err = s.into(k, c); err == nil {
-			// A group that nobody has worked for in all that time has nothing left to be handed out.
-			c.InactiveThreshold = stream.CachedInfo().Config.MaxAge
-			_, err = stream.CreateConsumer(ctx, c)
-		}
-		return s, err
-	}
-	if err != nil {
-		return groupSettings{}, err
-	}
-	have := cons.CachedInfo().Config
-	_, s, err := settingsOf(have)
-	if err != nil {
-		return s, &schema.Refusal{Code: schema.Code_CODE_INTERNAL, Err: err, Message: "The settings of group \"" + k.name + "\" cannot be read."}
-	}
-	next := s.with(o)
-	for _, x := range []groupSettings{s, next} {
-		if err := o.covers(x); err != nil {
-			return s, err
-		}
-	}
-	if next.same(s) {
-		return s, nil
-	}
-	c, err := next.into(k, have)
-	if err == nil {
-		_, err = stream.UpdateConsumer(ctx, c)
-	}
-	if err != nil {
-		return s, err
-	}
-	// Another may have changed it on top of what was read before: it is so when it is read so.
-	return l.tryGroup(ctx, k, o)
-}
-
-// roomForGroup refuses a group where its tenant has as many as it may.
-func (l *JetStreamLog) roomForGroup(ctx context.Context, stream jetstream.Stream, k groupKey) error {
-	n := 0
-	all := stream.ListConsumers(ctx)
-	for info := range all.Info() {
-		if info.Config.Metadata[metaTenant] == k.tenant {
-			n++
-		}
-	}
-	if err := all.Err(); err != nil {
-		return err
-	}
-	if n >= maxTenantGroups {
-		return schema.Refuse(schema.Code_CODE_LIMIT_EXCEEDED, "There are %d groups, as many as a tenant may have; use one that there is. One that nobody works for goes by itself when all that it could be handed has expired.", n)
-	}
-	return nil
-}
-
-// covers checks that the worker may have every item of the group.
-func (o *WorkOptions) covers(s groupSettings) error {
-	for _, pattern := range s.sessions {
-		if err := o.May(pattern); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // Groups implements [Queue].

@@ -26,8 +26,8 @@ import (
 const (
 	workStream = "WORK"
 	deadStream = "DEAD"
-	// orderStream has two registers, decimal numbers. Of groups that take a session's items in their order, how far each has come in each session, a sequence of WORK: order.<tenant>.<group>.<session>. And how
-	// often an item was delivered to an edge that could not put it into anybody's hands: unhanded.<tenant>.<group>.<sequence in WORK>.
+	// orderStream has registers. Two are decimal numbers. Of groups that take a session's items in their order, how far each has come in each session, a sequence of WORK: order.<tenant>.<group>.<session>. And how
+	// often an item was delivered to an edge that could not put it into anybody's hands: unhanded.<tenant>.<group>.<sequence in WORK>. A third says whether somebody changes a group: group.<tenant>.<group>.
 	orderStream = "ORDER"
 )
 
@@ -47,6 +47,11 @@ func letterSubject(root, group string, id schema.SessionID, epoch string, seq ui
 	return root + "." + schema.EscapeToken(id.Tenant) + "." + groupHash(group) + "." + schema.EscapeToken(id.Name) + "." + schema.EscapeToken(epoch) + "." + strconv.FormatUint(seq, 10)
 }
 
+// redriveSubjects are those of all items that a group gets again.
+func redriveSubjects(k groupKey) string {
+	return "redrive." + schema.EscapeToken(k.tenant) + "." + groupHash(k.name) + ".>"
+}
+
 // maxGroups bounds the groups of a deployment: each is a consumer of WORK, at some 34 KiB and four goroutines of the server (NATS.md, section 6).
 const maxGroups = 4096
 
@@ -59,7 +64,7 @@ func provisionWork(ctx context.Context, js jetstream.JetStream, l Layout) error 
 	work, dead, order := base, base, base
 	work.Name, work.Subjects, work.MaxConsumers = workStream, []string{"work.>", "redrive.>"}, maxGroups
 	dead.Name, dead.Subjects, dead.MaxMsgsPerSubject = deadStream, []string{"dead.>"}, 1
-	order.Name, order.Subjects, order.MaxMsgsPerSubject = orderStream, []string{"order.>", "unhanded.>"}, 1
+	order.Name, order.Subjects, order.MaxMsgsPerSubject = orderStream, []string{"order.>", "unhanded.>", "group.>"}, 1
 	for _, c := range []jetstream.StreamConfig{work, dead, order} {
 		if _, err := js.CreateOrUpdateStream(ctx, c); err != nil {
 			return fmt.Errorf("broker: stream %s: %w", c.Name, err)

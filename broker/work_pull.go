@@ -38,6 +38,7 @@ type workGroup struct {
 	// Static after construction.
 	log      *JetStreamLog
 	key      groupKey
+	began    time.Time // another that has begun since is another group
 	consumer string
 	inbox    string
 	over     chan struct{} // closed when the last worker has left
@@ -87,20 +88,30 @@ func (l *JetStreamLog) Join(ctx context.Context, tenant string, o WorkOptions) (
 	}
 	k := groupKey{tenant, o.Group}
 	settings, at, err := l.settleGroup(ctx, k, o)
-	if err != nil {
-		return nil, err
-	}
 	for {
-		g, err := l.groupHere(k, settings, at)
 		if err != nil {
 			return nil, err
 		}
-		w := &Worker{group: g, credit: o.Credit, wake: o.Wake}
-		if g.enter(w, settings, at) {
-			g.ask()
-			return w, nil
+		var g *workGroup
+		if g, err = l.groupHere(k, settings, at); err != nil {
+			return nil, err
 		}
-		// It was about to go.
+		if g.began.Equal(settings.began) {
+			w := &Worker{group: g, credit: o.Credit, wake: o.Wake, may: o.May}
+			if g.enter(w, settings, at) {
+				g.dismiss()
+				g.ask()
+				return w, nil
+			}
+			// It was about to go.
+			continue
+		}
+		if g.readBefore(at) {
+			// It was deleted and begun anew, and nobody here has heard of it.
+			g.end(g.deleted())
+			continue
+		}
+		settings, at, err = l.settleGroup(ctx, k, o)
 	}
 }
 
@@ -115,7 +126,7 @@ func (l *JetStreamLog) groupHere(k groupKey, s groupSettings, at time.Time) (*wo
 		return g, nil
 	}
 	g := &workGroup{
-		log: l, key: k, consumer: k.consumer(), inbox: l.conn.NewInbox(), over: make(chan struct{}), drained: make(chan struct{}), settings: s, settled: at,
+		log: l, key: k, began: s.began, consumer: k.consumer(), inbox: l.conn.NewInbox(), over: make(chan struct{}), drained: make(chan struct{}), settings: s, settled: at,
 		held: map[uint64]*heldItem{}, unsaid: map[uint64]string{},
 	}
 	var err error
@@ -146,15 +157,52 @@ func (g *workGroup) enter(w *Worker, s groupSettings, at time.Time) bool {
 	}
 	g.learn(s, at)
 	w.settings = s
+	// It may have grown since it was settled for this worker.
+	if err := g.settings.openTo(w.may); err != nil {
+		w.why, w.credit = err, 0
+	}
 	g.workers = append(g.workers, w)
 	return true
 }
 
-// learn takes over settings, unless others were read later. Called with mu held.
+// learn takes over settings, unless others were read later. Workers that may not have all that the group takes by now are handed nothing from here on; dismiss lets them go. Called with mu held.
 func (g *workGroup) learn(s groupSettings, at time.Time) {
-	if at.After(g.settled) {
-		g.settings, g.settled = s, at
+	if at.Before(g.settled) {
+		return
 	}
+	grown := !slices.Equal(s.sessions, g.settings.sessions)
+	g.settings, g.settled = s, at
+	for _, w := range g.workers {
+		if !grown || w.why != nil {
+			continue
+		}
+		if err := s.openTo(w.may); err != nil {
+			w.why, w.credit = err, 0
+		}
+	}
+}
+
+// dismiss ends the workers that learn found to be here no longer.
+func (g *workGroup) dismiss() {
+	g.mu.Lock()
+	var gone []*Worker
+	for _, w := range g.workers {
+		if w.why != nil {
+			gone = append(gone, w)
+		}
+	}
+	g.mu.Unlock()
+	for _, w := range gone {
+		w.Close()
+		w.wake()
+	}
+}
+
+// readBefore reports whether the settings here were read no later than at.
+func (g *workGroup) readBefore(at time.Time) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return !at.Before(g.settled)
 }
 
 // retire forgets a group that has no workers here.
@@ -284,13 +332,21 @@ func (g *workGroup) refresh() {
 		g.mu.Lock()
 		g.reading = false
 		g.busy -= len(doubtful)
+		if err == nil && !s.began.Equal(g.began) {
+			err = g.deleted()
+		}
 		if err == nil {
 			g.learn(s, at)
 		}
 		more := len(g.doubtful) > 0
 		g.mu.Unlock()
-		if errors.Is(err, jetstream.ErrConsumerNotFound) {
-			g.end(schema.Refuse(schema.Code_CODE_UNAVAILABLE, "Group %q was removed, or NATS has lost it; join again to begin it anew.", g.key.name))
+		switch {
+		case errors.Is(err, jetstream.ErrConsumerNotFound):
+			g.end(g.gone(ctx))
+		case schema.CodeOf(err) == schema.Code_CODE_WORK_NOT_FOUND:
+			g.end(err)
+		default:
+			g.dismiss()
 		}
 		for _, h := range doubtful {
 			switch {
@@ -314,15 +370,13 @@ func (g *workGroup) refresh() {
 // end ends all workers of the group.
 func (g *workGroup) end(why error) {
 	g.mu.Lock()
-	workers := slices.Clone(g.workers)
-	for _, w := range workers {
-		w.why = why
+	for _, w := range g.workers {
+		if w.why == nil {
+			w.why = why
+		}
 	}
 	g.mu.Unlock()
-	for _, w := range workers {
-		w.Close()
-		w.wake()
-	}
+	g.dismiss()
 }
 
 // ask hands out what there is room for of the items that are here, and asks for as many more as there is room for.

@@ -12,6 +12,7 @@ type Worker struct {
 	// Static after construction.
 	group *workGroup
 	wake  func()
+	may   func(pattern string) error
 
 	// Guarded by group.mu.
 	settings  groupSettings // as they were when it joined

@@ -32,6 +32,7 @@ var (
 
 	keepRun         = call[schema.KeepRunRequest, schema.KeepRunResponse]{"KeepRun", (*Edge).keepRun, failed}                                 //nolint:gochecknoglobals // a row of a table that nothing writes
 	listWorkGroups  = call[schema.ListWorkGroupsRequest, schema.ListWorkGroupsResponse]{"ListWorkGroups", (*Edge).listWorkGroups, failed}     //nolint:gochecknoglobals // a row of a table that nothing writes
+	deleteWorkGroup = call[schema.DeleteWorkGroupRequest, schema.DeleteWorkGroupResponse]{"DeleteWorkGroup", (*Edge).deleteWorkGroup, failed} //nolint:gochecknoglobals // a row of a table that nothing writes
 	listWork        = call[schema.ListWorkRequest, schema.ListWorkResponse]{"ListWork", (*Edge).listWork, failed}                             //nolint:gochecknoglobals // a row of a table that nothing writes
 	listDeadLetters = call[schema.ListDeadLettersRequest, schema.ListDeadLettersResponse]{"ListDeadLetters", (*Edge).listDeadLetters, failed} //nolint:gochecknoglobals // a row of a table that nothing writes
 	redrive         = call[schema.RedriveRequest, schema.RedriveResponse]{"Redrive", (*Edge).redrive, failed}                                 //nolint:gochecknoglobals // a row of a table that nothing writes

@@ -28,7 +28,7 @@ func (e *Edge) description() *grpc.ServiceDesc {
 		Metadata:    schema.File_tidemark_v1_service_proto.Path(),
 		Methods: []grpc.MethodDesc{
 			createSession.native(e), getSession.native(e), listSessions.native(e), deleteSession.native(e), appendOnce.native(e),
-			keepRun.native(e), listWorkGroups.native(e), listWork.native(e), listDeadLetters.native(e), redrive.native(e),
+			keepRun.native(e), listWorkGroups.native(e), deleteWorkGroup.native(e), listWork.native(e), listDeadLetters.native(e), redrive.native(e),
 		},
 		Streams: []grpc.StreamDesc{
 			appendStream.native(e), follow.native(e), connection.native(e), workers.native(e), tail.native(e),

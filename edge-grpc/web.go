@@ -41,6 +41,7 @@ func (e *Edge) webHandler() http.Handler {
 	mount(workers.web(e))
 	mount(keepRun.web(e))
 	mount(listWorkGroups.web(e))
+	mount(deleteWorkGroup.web(e))
 	mount(listWork.web(e))
 	mount(listDeadLetters.web(e))
 	mount(redrive.web(e))

@@ -66,6 +66,28 @@ func (e *Edge) listWorkGroups(ctx context.Context, p *auth.Principal, _ *schema.
 	return &schema.ListWorkGroupsResponse{Groups: groups}, nil
 }
 
+// deleteWorkGroup removes a group of whose sessions the token gives access to all.
+func (e *Edge) deleteWorkGroup(ctx context.Context, p *auth.Principal, req *schema.DeleteWorkGroupRequest) (*schema.DeleteWorkGroupResponse, error) {
+	if err := gateway.AuthorizeRole(p, gateway.Work); err != nil {
+		return nil, err
+	}
+	if n := len(req.GetGroup()); n == 0 || n > schema.MaxGroupBytes {
+		return nil, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The group's name has %d bytes; give it 1 to %d.", n, schema.MaxGroupBytes)
+	}
+	q, err := e.queue()
+	if err != nil {
+		return nil, err
+	}
+	if err := e.cfg.Gateway.Allow(p, 1); err != nil {
+		return nil, err
+	}
+	may := func(pattern string) error { return gateway.AuthorizePattern(p, gateway.Work, pattern) }
+	if err := q.DeleteGroup(ctx, p.Tenant, req.GetGroup(), may); err != nil {
+		return nil, err
+	}
+	return &schema.DeleteWorkGroupResponse{}, nil
+}
+
 // listing checks what both listings ask for, and returns how many they want.
 func listing(p *auth.Principal, group, name string, pageSize uint32) (int, error) {
 	if err := gateway.AuthorizeRole(p, gateway.Work); err != nil {

@@ -179,6 +179,7 @@ func testWorkCalls(w *world, d dialect) {
 
 	// What is wrong, or not the asker's.
 	long := strings.Repeat("x", 201)
+	gone := new(schema.DeleteWorkGroupResponse)
 	user := w.dial(d, w.token(schema.Role_ROLE_USER, "*"))
 	for _, tt := range []struct {
 		k        *client
@@ -190,6 +191,11 @@ func testWorkCalls(w *world, d dialect) {
 		{user, "ListWork", &schema.ListWorkRequest{}, new(schema.ListWorkResponse), schema.Code_CODE_FORBIDDEN},
 		{user, "ListDeadLetters", &schema.ListDeadLettersRequest{}, letters, schema.Code_CODE_FORBIDDEN},
 		{user, "Redrive", &schema.RedriveRequest{Ids: ids}, driven, schema.Code_CODE_FORBIDDEN},
+		{user, "DeleteWorkGroup", &schema.DeleteWorkGroupRequest{Group: "g"}, gone, schema.Code_CODE_FORBIDDEN},
+		{k, "DeleteWorkGroup", &schema.DeleteWorkGroupRequest{Group: "g"}, gone, schema.Code_CODE_FORBIDDEN},
+		{all, "DeleteWorkGroup", &schema.DeleteWorkGroupRequest{Group: "nobody"}, gone, schema.Code_CODE_WORK_NOT_FOUND},
+		{all, "DeleteWorkGroup", &schema.DeleteWorkGroupRequest{}, gone, schema.Code_CODE_INVALID_MESSAGE},
+		{all, "DeleteWorkGroup", &schema.DeleteWorkGroupRequest{Group: long}, gone, schema.Code_CODE_INVALID_MESSAGE},
 		{user, "KeepRun", &schema.KeepRunRequest{Session: "a1"}, new(schema.KeepRunResponse), schema.Code_CODE_FORBIDDEN},
 		{k, "ListWork", &schema.ListWorkRequest{Session: "b1"}, new(schema.ListWorkResponse), schema.Code_CODE_FORBIDDEN},
 		{k, "ListWork", &schema.ListWorkRequest{Group: "nobody"}, new(schema.ListWorkResponse), schema.Code_CODE_WORK_NOT_FOUND},
@@ -207,6 +213,14 @@ func testWorkCalls(w *world, d dialect) {
 		w.wantProblem(tt.k.call(tt.method, tt.req, tt.res), tt.code)
 	}
 	w.wantKept()
+
+	// A group that is deleted is listed no more; its dead letters are.
+	w.must(all.call("DeleteWorkGroup", &schema.DeleteWorkGroupRequest{Group: "g"}, gone))
+	w.must(all.call("ListWorkGroups", &schema.ListWorkGroupsRequest{}, groups))
+	w.must(all.call("ListDeadLetters", &schema.ListDeadLettersRequest{Group: "g"}, letters))
+	if len(groups.GetGroups()) != 0 || len(letters.GetLetters()) != 1 {
+		w.Errorf("a group was deleted, and there are %v, and %v", groups, letters)
+	}
 }
 
 // giveUp makes dead letters of a session's items.

@@ -916,6 +916,88 @@ func (x *ListWorkGroupsResponse) GetGroups() []*WorkGroup {
 	return nil
 }
 
+// DeleteWorkGroupRequest names a group.
+type DeleteWorkGroupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Group         string                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteWorkGroupRequest) Reset() {
+	*x = DeleteWorkGroupRequest{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteWorkGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteWorkGroupRequest) ProtoMessage() {}
+
+func (x *DeleteWorkGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteWorkGroupRequest.ProtoReflect.Descriptor instead.
+func (*DeleteWorkGroupRequest) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *DeleteWorkGroupRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+// DeleteWorkGroupResponse says that it is gone.
+type DeleteWorkGroupResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteWorkGroupResponse) Reset() {
+	*x = DeleteWorkGroupResponse{}
+	mi := &file_tidemark_v1_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteWorkGroupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteWorkGroupResponse) ProtoMessage() {}
+
+func (x *DeleteWorkGroupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteWorkGroupResponse.ProtoReflect.Descriptor instead.
+func (*DeleteWorkGroupResponse) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{16}
+}
+
 // ListWorkRequest asks for items.
 type ListWorkRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -933,7 +1015,7 @@ type ListWorkRequest struct {
 
 func (x *ListWorkRequest) Reset() {
 	*x = ListWorkRequest{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[15]
+	mi := &file_tidemark_v1_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -945,7 +1027,7 @@ func (x *ListWorkRequest) String() string {
 func (*ListWorkRequest) ProtoMessage() {}
 
 func (x *ListWorkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[15]
+	mi := &file_tidemark_v1_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -958,7 +1040,7 @@ func (x *ListWorkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListWorkRequest.ProtoReflect.Descriptor instead.
 func (*ListWorkRequest) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{15}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListWorkRequest) GetGroup() string {
@@ -1007,7 +1089,7 @@ type ListedWork struct {
 
 func (x *ListedWork) Reset() {
 	*x = ListedWork{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[16]
+	mi := &file_tidemark_v1_service_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1019,7 +1101,7 @@ func (x *ListedWork) String() string {
 func (*ListedWork) ProtoMessage() {}
 
 func (x *ListedWork) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[16]
+	mi := &file_tidemark_v1_service_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1032,7 +1114,7 @@ func (x *ListedWork) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListedWork.ProtoReflect.Descriptor instead.
 func (*ListedWork) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{16}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListedWork) GetSession() string {
@@ -1089,7 +1171,7 @@ type ListWorkResponse struct {
 
 func (x *ListWorkResponse) Reset() {
 	*x = ListWorkResponse{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[17]
+	mi := &file_tidemark_v1_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +1183,7 @@ func (x *ListWorkResponse) String() string {
 func (*ListWorkResponse) ProtoMessage() {}
 
 func (x *ListWorkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[17]
+	mi := &file_tidemark_v1_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1114,7 +1196,7 @@ func (x *ListWorkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListWorkResponse.ProtoReflect.Descriptor instead.
 func (*ListWorkResponse) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{17}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListWorkResponse) GetItems() []*ListedWork {
@@ -1157,7 +1239,7 @@ type DeadLetter struct {
 
 func (x *DeadLetter) Reset() {
 	*x = DeadLetter{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[18]
+	mi := &file_tidemark_v1_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1169,7 +1251,7 @@ func (x *DeadLetter) String() string {
 func (*DeadLetter) ProtoMessage() {}
 
 func (x *DeadLetter) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[18]
+	mi := &file_tidemark_v1_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1182,7 +1264,7 @@ func (x *DeadLetter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeadLetter.ProtoReflect.Descriptor instead.
 func (*DeadLetter) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{18}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DeadLetter) GetId() string {
@@ -1282,7 +1364,7 @@ type ListDeadLettersRequest struct {
 
 func (x *ListDeadLettersRequest) Reset() {
 	*x = ListDeadLettersRequest{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[19]
+	mi := &file_tidemark_v1_service_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1294,7 +1376,7 @@ func (x *ListDeadLettersRequest) String() string {
 func (*ListDeadLettersRequest) ProtoMessage() {}
 
 func (x *ListDeadLettersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[19]
+	mi := &file_tidemark_v1_service_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1307,7 +1389,7 @@ func (x *ListDeadLettersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDeadLettersRequest.ProtoReflect.Descriptor instead.
 func (*ListDeadLettersRequest) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{19}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListDeadLettersRequest) GetGroup() string {
@@ -1364,7 +1446,7 @@ type ListDeadLettersResponse struct {
 
 func (x *ListDeadLettersResponse) Reset() {
 	*x = ListDeadLettersResponse{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[20]
+	mi := &file_tidemark_v1_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1458,7 @@ func (x *ListDeadLettersResponse) String() string {
 func (*ListDeadLettersResponse) ProtoMessage() {}
 
 func (x *ListDeadLettersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[20]
+	mi := &file_tidemark_v1_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1389,7 +1471,7 @@ func (x *ListDeadLettersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDeadLettersResponse.ProtoReflect.Descriptor instead.
 func (*ListDeadLettersResponse) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{20}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListDeadLettersResponse) GetLetters() []*DeadLetter {
@@ -1417,7 +1499,7 @@ type RedriveRequest struct {
 
 func (x *RedriveRequest) Reset() {
 	*x = RedriveRequest{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[21]
+	mi := &file_tidemark_v1_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1429,7 +1511,7 @@ func (x *RedriveRequest) String() string {
 func (*RedriveRequest) ProtoMessage() {}
 
 func (x *RedriveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[21]
+	mi := &file_tidemark_v1_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1442,7 +1524,7 @@ func (x *RedriveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedriveRequest.ProtoReflect.Descriptor instead.
 func (*RedriveRequest) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{21}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RedriveRequest) GetIds() []string {
@@ -1465,7 +1547,7 @@ type RedriveResponse struct {
 
 func (x *RedriveResponse) Reset() {
 	*x = RedriveResponse{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[22]
+	mi := &file_tidemark_v1_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +1559,7 @@ func (x *RedriveResponse) String() string {
 func (*RedriveResponse) ProtoMessage() {}
 
 func (x *RedriveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[22]
+	mi := &file_tidemark_v1_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1572,7 @@ func (x *RedriveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RedriveResponse.ProtoReflect.Descriptor instead.
 func (*RedriveResponse) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{22}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RedriveResponse) GetRedriven() uint32 {
@@ -1521,7 +1603,7 @@ type TailRequest struct {
 
 func (x *TailRequest) Reset() {
 	*x = TailRequest{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[23]
+	mi := &file_tidemark_v1_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1615,7 @@ func (x *TailRequest) String() string {
 func (*TailRequest) ProtoMessage() {}
 
 func (x *TailRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[23]
+	mi := &file_tidemark_v1_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +1628,7 @@ func (x *TailRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailRequest.ProtoReflect.Descriptor instead.
 func (*TailRequest) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{23}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TailRequest) GetRequest() isTailRequest_Request {
@@ -1612,7 +1694,7 @@ type TailOpen struct {
 
 func (x *TailOpen) Reset() {
 	*x = TailOpen{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[24]
+	mi := &file_tidemark_v1_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1706,7 @@ func (x *TailOpen) String() string {
 func (*TailOpen) ProtoMessage() {}
 
 func (x *TailOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[24]
+	mi := &file_tidemark_v1_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1719,7 @@ func (x *TailOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailOpen.ProtoReflect.Descriptor instead.
 func (*TailOpen) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{24}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *TailOpen) GetGroup() string {
@@ -1715,7 +1797,7 @@ type TailAck struct {
 
 func (x *TailAck) Reset() {
 	*x = TailAck{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[25]
+	mi := &file_tidemark_v1_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1727,7 +1809,7 @@ func (x *TailAck) String() string {
 func (*TailAck) ProtoMessage() {}
 
 func (x *TailAck) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[25]
+	mi := &file_tidemark_v1_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1740,7 +1822,7 @@ func (x *TailAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailAck.ProtoReflect.Descriptor instead.
 func (*TailAck) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{25}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TailAck) GetPartition() uint32 {
@@ -1771,7 +1853,7 @@ type TailResponse struct {
 
 func (x *TailResponse) Reset() {
 	*x = TailResponse{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[26]
+	mi := &file_tidemark_v1_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1783,7 +1865,7 @@ func (x *TailResponse) String() string {
 func (*TailResponse) ProtoMessage() {}
 
 func (x *TailResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[26]
+	mi := &file_tidemark_v1_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1796,7 +1878,7 @@ func (x *TailResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailResponse.ProtoReflect.Descriptor instead.
 func (*TailResponse) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{26}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TailResponse) GetResponse() isTailResponse_Response {
@@ -1852,7 +1934,7 @@ type TailAssigned struct {
 
 func (x *TailAssigned) Reset() {
 	*x = TailAssigned{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[27]
+	mi := &file_tidemark_v1_service_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1864,7 +1946,7 @@ func (x *TailAssigned) String() string {
 func (*TailAssigned) ProtoMessage() {}
 
 func (x *TailAssigned) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[27]
+	mi := &file_tidemark_v1_service_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1877,7 +1959,7 @@ func (x *TailAssigned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailAssigned.ProtoReflect.Descriptor instead.
 func (*TailAssigned) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{27}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TailAssigned) GetPartitions() []uint32 {
@@ -1907,7 +1989,7 @@ type TailBatch struct {
 
 func (x *TailBatch) Reset() {
 	*x = TailBatch{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[28]
+	mi := &file_tidemark_v1_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1919,7 +2001,7 @@ func (x *TailBatch) String() string {
 func (*TailBatch) ProtoMessage() {}
 
 func (x *TailBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[28]
+	mi := &file_tidemark_v1_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1932,7 +2014,7 @@ func (x *TailBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailBatch.ProtoReflect.Descriptor instead.
 func (*TailBatch) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{28}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *TailBatch) GetPartition() uint32 {
@@ -1970,7 +2052,7 @@ type TailEnvelopes struct {
 
 func (x *TailEnvelopes) Reset() {
 	*x = TailEnvelopes{}
-	mi := &file_tidemark_v1_service_proto_msgTypes[29]
+	mi := &file_tidemark_v1_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1982,7 +2064,7 @@ func (x *TailEnvelopes) String() string {
 func (*TailEnvelopes) ProtoMessage() {}
 
 func (x *TailEnvelopes) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_service_proto_msgTypes[29]
+	mi := &file_tidemark_v1_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1995,7 +2077,7 @@ func (x *TailEnvelopes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailEnvelopes.ProtoReflect.Descriptor instead.
 func (*TailEnvelopes) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{29}
+	return file_tidemark_v1_service_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *TailEnvelopes) GetSession() string {
@@ -2083,7 +2165,10 @@ const file_tidemark_v1_service_proto_rawDesc = "" +
 	"\x0fKeepRunResponse\"\x17\n" +
 	"\x15ListWorkGroupsRequest\"H\n" +
 	"\x16ListWorkGroupsResponse\x12.\n" +
-	"\x06groups\x18\x01 \x03(\v2\x16.tidemark.v1.WorkGroupR\x06groups\"}\n" +
+	"\x06groups\x18\x01 \x03(\v2\x16.tidemark.v1.WorkGroupR\x06groups\".\n" +
+	"\x16DeleteWorkGroupRequest\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\"\x19\n" +
+	"\x17DeleteWorkGroupResponse\"}\n" +
 	"\x0fListWorkRequest\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\tR\x05group\x12\x1b\n" +
 	"\tpage_size\x18\x02 \x01(\rR\bpageSize\x12\x1d\n" +
@@ -2167,7 +2252,7 @@ const file_tidemark_v1_service_proto_rawDesc = "" +
 	"\rWorkItemState\x12\x1f\n" +
 	"\x1bWORK_ITEM_STATE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17WORK_ITEM_STATE_WAITING\x10\x01\x12\x1e\n" +
-	"\x1aWORK_ITEM_STATE_HANDED_OUT\x10\x022\xf8\b\n" +
+	"\x1aWORK_ITEM_STATE_HANDED_OUT\x10\x022\xd6\t\n" +
 	"\x0eSessionService\x12V\n" +
 	"\rCreateSession\x12!.tidemark.v1.CreateSessionRequest\x1a\".tidemark.v1.CreateSessionResponse\x12M\n" +
 	"\n" +
@@ -2180,7 +2265,8 @@ const file_tidemark_v1_service_proto_rawDesc = "" +
 	"\aConnect\x12\x18.tidemark.v1.ClientFrame\x1a\x18.tidemark.v1.ServerFrame(\x010\x01\x12>\n" +
 	"\x04Work\x12\x18.tidemark.v1.ClientFrame\x1a\x18.tidemark.v1.ServerFrame(\x010\x01\x12D\n" +
 	"\aKeepRun\x12\x1b.tidemark.v1.KeepRunRequest\x1a\x1c.tidemark.v1.KeepRunResponse\x12Y\n" +
-	"\x0eListWorkGroups\x12\".tidemark.v1.ListWorkGroupsRequest\x1a#.tidemark.v1.ListWorkGroupsResponse\x12G\n" +
+	"\x0eListWorkGroups\x12\".tidemark.v1.ListWorkGroupsRequest\x1a#.tidemark.v1.ListWorkGroupsResponse\x12\\\n" +
+	"\x0fDeleteWorkGroup\x12#.tidemark.v1.DeleteWorkGroupRequest\x1a$.tidemark.v1.DeleteWorkGroupResponse\x12G\n" +
 	"\bListWork\x12\x1c.tidemark.v1.ListWorkRequest\x1a\x1d.tidemark.v1.ListWorkResponse\x12\\\n" +
 	"\x0fListDeadLetters\x12#.tidemark.v1.ListDeadLettersRequest\x1a$.tidemark.v1.ListDeadLettersResponse\x12D\n" +
 	"\aRedrive\x12\x1b.tidemark.v1.RedriveRequest\x1a\x1c.tidemark.v1.RedriveResponse\x12?\n" +
@@ -2199,7 +2285,7 @@ func file_tidemark_v1_service_proto_rawDescGZIP() []byte {
 }
 
 var file_tidemark_v1_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_tidemark_v1_service_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_tidemark_v1_service_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_tidemark_v1_service_proto_goTypes = []any{
 	(WorkItemState)(0),              // 0: tidemark.v1.WorkItemState
 	(*Session)(nil),                 // 1: tidemark.v1.Session
@@ -2217,92 +2303,96 @@ var file_tidemark_v1_service_proto_goTypes = []any{
 	(*KeepRunResponse)(nil),         // 13: tidemark.v1.KeepRunResponse
 	(*ListWorkGroupsRequest)(nil),   // 14: tidemark.v1.ListWorkGroupsRequest
 	(*ListWorkGroupsResponse)(nil),  // 15: tidemark.v1.ListWorkGroupsResponse
-	(*ListWorkRequest)(nil),         // 16: tidemark.v1.ListWorkRequest
-	(*ListedWork)(nil),              // 17: tidemark.v1.ListedWork
-	(*ListWorkResponse)(nil),        // 18: tidemark.v1.ListWorkResponse
-	(*DeadLetter)(nil),              // 19: tidemark.v1.DeadLetter
-	(*ListDeadLettersRequest)(nil),  // 20: tidemark.v1.ListDeadLettersRequest
-	(*ListDeadLettersResponse)(nil), // 21: tidemark.v1.ListDeadLettersResponse
-	(*RedriveRequest)(nil),          // 22: tidemark.v1.RedriveRequest
-	(*RedriveResponse)(nil),         // 23: tidemark.v1.RedriveResponse
-	(*TailRequest)(nil),             // 24: tidemark.v1.TailRequest
-	(*TailOpen)(nil),                // 25: tidemark.v1.TailOpen
-	(*TailAck)(nil),                 // 26: tidemark.v1.TailAck
-	(*TailResponse)(nil),            // 27: tidemark.v1.TailResponse
-	(*TailAssigned)(nil),            // 28: tidemark.v1.TailAssigned
-	(*TailBatch)(nil),               // 29: tidemark.v1.TailBatch
-	(*TailEnvelopes)(nil),           // 30: tidemark.v1.TailEnvelopes
-	(SessionKind)(0),                // 31: tidemark.v1.SessionKind
-	(Status)(0),                     // 32: tidemark.v1.Status
-	(*timestamppb.Timestamp)(nil),   // 33: google.protobuf.Timestamp
-	(*Envelope)(nil),                // 34: tidemark.v1.Envelope
-	(Durability)(0),                 // 35: tidemark.v1.Durability
-	(*WorkGroup)(nil),               // 36: tidemark.v1.WorkGroup
-	(*Publish)(nil),                 // 37: tidemark.v1.Publish
-	(*Attach)(nil),                  // 38: tidemark.v1.Attach
-	(*ClientFrame)(nil),             // 39: tidemark.v1.ClientFrame
-	(*ServerFrame)(nil),             // 40: tidemark.v1.ServerFrame
+	(*DeleteWorkGroupRequest)(nil),  // 16: tidemark.v1.DeleteWorkGroupRequest
+	(*DeleteWorkGroupResponse)(nil), // 17: tidemark.v1.DeleteWorkGroupResponse
+	(*ListWorkRequest)(nil),         // 18: tidemark.v1.ListWorkRequest
+	(*ListedWork)(nil),              // 19: tidemark.v1.ListedWork
+	(*ListWorkResponse)(nil),        // 20: tidemark.v1.ListWorkResponse
+	(*DeadLetter)(nil),              // 21: tidemark.v1.DeadLetter
+	(*ListDeadLettersRequest)(nil),  // 22: tidemark.v1.ListDeadLettersRequest
+	(*ListDeadLettersResponse)(nil), // 23: tidemark.v1.ListDeadLettersResponse
+	(*RedriveRequest)(nil),          // 24: tidemark.v1.RedriveRequest
+	(*RedriveResponse)(nil),         // 25: tidemark.v1.RedriveResponse
+	(*TailRequest)(nil),             // 26: tidemark.v1.TailRequest
+	(*TailOpen)(nil),                // 27: tidemark.v1.TailOpen
+	(*TailAck)(nil),                 // 28: tidemark.v1.TailAck
+	(*TailResponse)(nil),            // 29: tidemark.v1.TailResponse
+	(*TailAssigned)(nil),            // 30: tidemark.v1.TailAssigned
+	(*TailBatch)(nil),               // 31: tidemark.v1.TailBatch
+	(*TailEnvelopes)(nil),           // 32: tidemark.v1.TailEnvelopes
+	(SessionKind)(0),                // 33: tidemark.v1.SessionKind
+	(Status)(0),                     // 34: tidemark.v1.Status
+	(*timestamppb.Timestamp)(nil),   // 35: google.protobuf.Timestamp
+	(*Envelope)(nil),                // 36: tidemark.v1.Envelope
+	(Durability)(0),                 // 37: tidemark.v1.Durability
+	(*WorkGroup)(nil),               // 38: tidemark.v1.WorkGroup
+	(*Publish)(nil),                 // 39: tidemark.v1.Publish
+	(*Attach)(nil),                  // 40: tidemark.v1.Attach
+	(*ClientFrame)(nil),             // 41: tidemark.v1.ClientFrame
+	(*ServerFrame)(nil),             // 42: tidemark.v1.ServerFrame
 }
 var file_tidemark_v1_service_proto_depIdxs = []int32{
-	31, // 0: tidemark.v1.Session.kind:type_name -> tidemark.v1.SessionKind
-	32, // 1: tidemark.v1.Session.status:type_name -> tidemark.v1.Status
-	33, // 2: tidemark.v1.Session.created:type_name -> google.protobuf.Timestamp
-	33, // 3: tidemark.v1.Session.updated:type_name -> google.protobuf.Timestamp
-	31, // 4: tidemark.v1.CreateSessionRequest.kind:type_name -> tidemark.v1.SessionKind
+	33, // 0: tidemark.v1.Session.kind:type_name -> tidemark.v1.SessionKind
+	34, // 1: tidemark.v1.Session.status:type_name -> tidemark.v1.Status
+	35, // 2: tidemark.v1.Session.created:type_name -> google.protobuf.Timestamp
+	35, // 3: tidemark.v1.Session.updated:type_name -> google.protobuf.Timestamp
+	33, // 4: tidemark.v1.CreateSessionRequest.kind:type_name -> tidemark.v1.SessionKind
 	1,  // 5: tidemark.v1.CreateSessionResponse.session:type_name -> tidemark.v1.Session
 	1,  // 6: tidemark.v1.GetSessionResponse.session:type_name -> tidemark.v1.Session
-	32, // 7: tidemark.v1.ListSessionsRequest.status:type_name -> tidemark.v1.Status
+	34, // 7: tidemark.v1.ListSessionsRequest.status:type_name -> tidemark.v1.Status
 	1,  // 8: tidemark.v1.ListSessionsResponse.sessions:type_name -> tidemark.v1.Session
-	34, // 9: tidemark.v1.AppendRequest.envelopes:type_name -> tidemark.v1.Envelope
-	35, // 10: tidemark.v1.AppendResponse.durability:type_name -> tidemark.v1.Durability
-	36, // 11: tidemark.v1.ListWorkGroupsResponse.groups:type_name -> tidemark.v1.WorkGroup
-	33, // 12: tidemark.v1.ListedWork.stored:type_name -> google.protobuf.Timestamp
+	36, // 9: tidemark.v1.AppendRequest.envelopes:type_name -> tidemark.v1.Envelope
+	37, // 10: tidemark.v1.AppendResponse.durability:type_name -> tidemark.v1.Durability
+	38, // 11: tidemark.v1.ListWorkGroupsResponse.groups:type_name -> tidemark.v1.WorkGroup
+	35, // 12: tidemark.v1.ListedWork.stored:type_name -> google.protobuf.Timestamp
 	0,  // 13: tidemark.v1.ListedWork.state:type_name -> tidemark.v1.WorkItemState
-	17, // 14: tidemark.v1.ListWorkResponse.items:type_name -> tidemark.v1.ListedWork
-	33, // 15: tidemark.v1.DeadLetter.time:type_name -> google.protobuf.Timestamp
-	33, // 16: tidemark.v1.DeadLetter.redriven:type_name -> google.protobuf.Timestamp
-	34, // 17: tidemark.v1.DeadLetter.envelope:type_name -> tidemark.v1.Envelope
-	19, // 18: tidemark.v1.ListDeadLettersResponse.letters:type_name -> tidemark.v1.DeadLetter
-	25, // 19: tidemark.v1.TailRequest.open:type_name -> tidemark.v1.TailOpen
-	26, // 20: tidemark.v1.TailRequest.ack:type_name -> tidemark.v1.TailAck
-	33, // 21: tidemark.v1.TailOpen.since:type_name -> google.protobuf.Timestamp
-	28, // 22: tidemark.v1.TailResponse.assigned:type_name -> tidemark.v1.TailAssigned
-	29, // 23: tidemark.v1.TailResponse.batch:type_name -> tidemark.v1.TailBatch
-	30, // 24: tidemark.v1.TailBatch.sessions:type_name -> tidemark.v1.TailEnvelopes
-	33, // 25: tidemark.v1.TailEnvelopes.stored:type_name -> google.protobuf.Timestamp
-	34, // 26: tidemark.v1.TailEnvelopes.envelopes:type_name -> tidemark.v1.Envelope
+	19, // 14: tidemark.v1.ListWorkResponse.items:type_name -> tidemark.v1.ListedWork
+	35, // 15: tidemark.v1.DeadLetter.time:type_name -> google.protobuf.Timestamp
+	35, // 16: tidemark.v1.DeadLetter.redriven:type_name -> google.protobuf.Timestamp
+	36, // 17: tidemark.v1.DeadLetter.envelope:type_name -> tidemark.v1.Envelope
+	21, // 18: tidemark.v1.ListDeadLettersResponse.letters:type_name -> tidemark.v1.DeadLetter
+	27, // 19: tidemark.v1.TailRequest.open:type_name -> tidemark.v1.TailOpen
+	28, // 20: tidemark.v1.TailRequest.ack:type_name -> tidemark.v1.TailAck
+	35, // 21: tidemark.v1.TailOpen.since:type_name -> google.protobuf.Timestamp
+	30, // 22: tidemark.v1.TailResponse.assigned:type_name -> tidemark.v1.TailAssigned
+	31, // 23: tidemark.v1.TailResponse.batch:type_name -> tidemark.v1.TailBatch
+	32, // 24: tidemark.v1.TailBatch.sessions:type_name -> tidemark.v1.TailEnvelopes
+	35, // 25: tidemark.v1.TailEnvelopes.stored:type_name -> google.protobuf.Timestamp
+	36, // 26: tidemark.v1.TailEnvelopes.envelopes:type_name -> tidemark.v1.Envelope
 	2,  // 27: tidemark.v1.SessionService.CreateSession:input_type -> tidemark.v1.CreateSessionRequest
 	4,  // 28: tidemark.v1.SessionService.GetSession:input_type -> tidemark.v1.GetSessionRequest
 	6,  // 29: tidemark.v1.SessionService.ListSessions:input_type -> tidemark.v1.ListSessionsRequest
 	8,  // 30: tidemark.v1.SessionService.DeleteSession:input_type -> tidemark.v1.DeleteSessionRequest
 	10, // 31: tidemark.v1.SessionService.Append:input_type -> tidemark.v1.AppendRequest
-	37, // 32: tidemark.v1.SessionService.AppendStream:input_type -> tidemark.v1.Publish
-	38, // 33: tidemark.v1.SessionService.Follow:input_type -> tidemark.v1.Attach
-	39, // 34: tidemark.v1.SessionService.Connect:input_type -> tidemark.v1.ClientFrame
-	39, // 35: tidemark.v1.SessionService.Work:input_type -> tidemark.v1.ClientFrame
+	39, // 32: tidemark.v1.SessionService.AppendStream:input_type -> tidemark.v1.Publish
+	40, // 33: tidemark.v1.SessionService.Follow:input_type -> tidemark.v1.Attach
+	41, // 34: tidemark.v1.SessionService.Connect:input_type -> tidemark.v1.ClientFrame
+	41, // 35: tidemark.v1.SessionService.Work:input_type -> tidemark.v1.ClientFrame
 	12, // 36: tidemark.v1.SessionService.KeepRun:input_type -> tidemark.v1.KeepRunRequest
 	14, // 37: tidemark.v1.SessionService.ListWorkGroups:input_type -> tidemark.v1.ListWorkGroupsRequest
-	16, // 38: tidemark.v1.SessionService.ListWork:input_type -> tidemark.v1.ListWorkRequest
-	20, // 39: tidemark.v1.SessionService.ListDeadLetters:input_type -> tidemark.v1.ListDeadLettersRequest
-	22, // 40: tidemark.v1.SessionService.Redrive:input_type -> tidemark.v1.RedriveRequest
-	24, // 41: tidemark.v1.SessionService.Tail:input_type -> tidemark.v1.TailRequest
-	3,  // 42: tidemark.v1.SessionService.CreateSession:output_type -> tidemark.v1.CreateSessionResponse
-	5,  // 43: tidemark.v1.SessionService.GetSession:output_type -> tidemark.v1.GetSessionResponse
-	7,  // 44: tidemark.v1.SessionService.ListSessions:output_type -> tidemark.v1.ListSessionsResponse
-	9,  // 45: tidemark.v1.SessionService.DeleteSession:output_type -> tidemark.v1.DeleteSessionResponse
-	11, // 46: tidemark.v1.SessionService.Append:output_type -> tidemark.v1.AppendResponse
-	40, // 47: tidemark.v1.SessionService.AppendStream:output_type -> tidemark.v1.ServerFrame
-	40, // 48: tidemark.v1.SessionService.Follow:output_type -> tidemark.v1.ServerFrame
-	40, // 49: tidemark.v1.SessionService.Connect:output_type -> tidemark.v1.ServerFrame
-	40, // 50: tidemark.v1.SessionService.Work:output_type -> tidemark.v1.ServerFrame
-	13, // 51: tidemark.v1.SessionService.KeepRun:output_type -> tidemark.v1.KeepRunResponse
-	15, // 52: tidemark.v1.SessionService.ListWorkGroups:output_type -> tidemark.v1.ListWorkGroupsResponse
-	18, // 53: tidemark.v1.SessionService.ListWork:output_type -> tidemark.v1.ListWorkResponse
-	21, // 54: tidemark.v1.SessionService.ListDeadLetters:output_type -> tidemark.v1.ListDeadLettersResponse
-	23, // 55: tidemark.v1.SessionService.Redrive:output_type -> tidemark.v1.RedriveResponse
-	27, // 56: tidemark.v1.SessionService.Tail:output_type -> tidemark.v1.TailResponse
-	42, // [42:57] is the sub-list for method output_type
-	27, // [27:42] is the sub-list for method input_type
+	16, // 38: tidemark.v1.SessionService.DeleteWorkGroup:input_type -> tidemark.v1.DeleteWorkGroupRequest
+	18, // 39: tidemark.v1.SessionService.ListWork:input_type -> tidemark.v1.ListWorkRequest
+	22, // 40: tidemark.v1.SessionService.ListDeadLetters:input_type -> tidemark.v1.ListDeadLettersRequest
+	24, // 41: tidemark.v1.SessionService.Redrive:input_type -> tidemark.v1.RedriveRequest
+	26, // 42: tidemark.v1.SessionService.Tail:input_type -> tidemark.v1.TailRequest
+	3,  // 43: tidemark.v1.SessionService.CreateSession:output_type -> tidemark.v1.CreateSessionResponse
+	5,  // 44: tidemark.v1.SessionService.GetSession:output_type -> tidemark.v1.GetSessionResponse
+	7,  // 45: tidemark.v1.SessionService.ListSessions:output_type -> tidemark.v1.ListSessionsResponse
+	9,  // 46: tidemark.v1.SessionService.DeleteSession:output_type -> tidemark.v1.DeleteSessionResponse
+	11, // 47: tidemark.v1.SessionService.Append:output_type -> tidemark.v1.AppendResponse
+	42, // 48: tidemark.v1.SessionService.AppendStream:output_type -> tidemark.v1.ServerFrame
+	42, // 49: tidemark.v1.SessionService.Follow:output_type -> tidemark.v1.ServerFrame
+	42, // 50: tidemark.v1.SessionService.Connect:output_type -> tidemark.v1.ServerFrame
+	42, // 51: tidemark.v1.SessionService.Work:output_type -> tidemark.v1.ServerFrame
+	13, // 52: tidemark.v1.SessionService.KeepRun:output_type -> tidemark.v1.KeepRunResponse
+	15, // 53: tidemark.v1.SessionService.ListWorkGroups:output_type -> tidemark.v1.ListWorkGroupsResponse
+	17, // 54: tidemark.v1.SessionService.DeleteWorkGroup:output_type -> tidemark.v1.DeleteWorkGroupResponse
+	20, // 55: tidemark.v1.SessionService.ListWork:output_type -> tidemark.v1.ListWorkResponse
+	23, // 56: tidemark.v1.SessionService.ListDeadLetters:output_type -> tidemark.v1.ListDeadLettersResponse
+	25, // 57: tidemark.v1.SessionService.Redrive:output_type -> tidemark.v1.RedriveResponse
+	29, // 58: tidemark.v1.SessionService.Tail:output_type -> tidemark.v1.TailResponse
+	43, // [43:59] is the sub-list for method output_type
+	27, // [27:43] is the sub-list for method input_type
 	27, // [27:27] is the sub-list for extension type_name
 	27, // [27:27] is the sub-list for extension extendee
 	0,  // [0:27] is the sub-list for field type_name
@@ -2316,15 +2406,15 @@ func file_tidemark_v1_service_proto_init() {
 	file_tidemark_v1_envelope_proto_init()
 	file_tidemark_v1_wire_proto_init()
 	file_tidemark_v1_service_proto_msgTypes[9].OneofWrappers = []any{}
-	file_tidemark_v1_service_proto_msgTypes[23].OneofWrappers = []any{
+	file_tidemark_v1_service_proto_msgTypes[25].OneofWrappers = []any{
 		(*TailRequest_Open)(nil),
 		(*TailRequest_Ack)(nil),
 	}
-	file_tidemark_v1_service_proto_msgTypes[24].OneofWrappers = []any{
+	file_tidemark_v1_service_proto_msgTypes[26].OneofWrappers = []any{
 		(*TailOpen_Now)(nil),
 		(*TailOpen_Since)(nil),
 	}
-	file_tidemark_v1_service_proto_msgTypes[26].OneofWrappers = []any{
+	file_tidemark_v1_service_proto_msgTypes[28].OneofWrappers = []any{
 		(*TailResponse_Assigned)(nil),
 		(*TailResponse_Batch)(nil),
 	}
@@ -2334,7 +2424,7 @@ func file_tidemark_v1_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tidemark_v1_service_proto_rawDesc), len(file_tidemark_v1_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   30,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

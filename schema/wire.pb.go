@@ -2349,16 +2349,16 @@ func (x *ErrorFrame) GetEpoch() string {
 
 // WorkSubscribe makes the connection a worker of a group, which begins with its first. Needs the right to work, for every session that the group may hold.
 //
-// A group's settings are those that were last given; what a subscription leaves out stays as it is.
+// What a subscription leaves out stays as the group has it. What the group takes, kinds and sessions, may only be widened: a subscription that leaves out something of it is refused with invalid_message. Of the other settings those count that were last given.
 type WorkSubscribe struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Chosen by the client; names this subscription in the frames to come. Unique among what is open on the connection, attachments too; above 0.
 	Channel uint32 `protobuf:"varint,1,opt,name=channel,proto3" json:"channel,omitempty"`
 	// The group's name, unique in the tenant: 1 to 200 bytes. Each item goes to one worker of every group that wants it.
 	Group string `protobuf:"bytes,2,opt,name=group,proto3" json:"group,omitempty"`
-	// Only items of these kinds: payload types, of those that make work. All of them where a new group names none.
+	// Only items of these kinds: payload types, of those that make work. All of them where a new group names none. Of a group that there is: those that it takes, and others beside them.
 	Kinds []string `protobuf:"bytes,3,rep,name=kinds,proto3" json:"kinds,omitempty"`
-	// Only items of these sessions: names, and prefixes that end in *. All sessions where a new group names none. At most 32.
+	// Only items of these sessions: names, and prefixes that end in *. All sessions where a new group names none. Of a group that there is: those that it takes, or prefixes of them, and others beside them. At most 32.
 	Sessions []string `protobuf:"bytes,4,rep,name=sessions,proto3" json:"sessions,omitempty"`
 	// How many items the worker may have in hand: 1 to 1,000. 1 where 0.
 	Credit uint32 `protobuf:"varint,5,opt,name=credit,proto3" json:"credit,omitempty"`

@@ -101,6 +101,16 @@ func (q *Queue) Join(_ context.Context, tenant string, o broker.WorkOptions) (br
 	if fresh {
 		g = &group{o: broker.WorkOptions{Group: o.Group, Ordered: o.Ordered, AckWait: 30 * time.Second, MaxDeliver: 5, Kinds: schema.WorkKinds(), Sessions: []string{"*"}}, created: time.Now()}
 	}
+	if !fresh {
+		for _, s := range g.o.Sessions {
+			if err := o.May(s); err != nil {
+				return nil, err
+			}
+		}
+		if err := o.Widens(g.o.Kinds, g.o.Sessions); err != nil {
+			return nil, err
+		}
+	}
 	settings := g.o
 	if len(o.Kinds) > 0 {
 		settings.Kinds = o.Kinds
@@ -457,6 +467,31 @@ func (q *Queue) Groups(_ context.Context, tenant string) ([]*schema.WorkGroup, e
 	return groups, nil
 }
 
+// DeleteGroup implements [broker.Queue].
+func (q *Queue) DeleteGroup(_ context.Context, tenant, group string, may func(string) error) error {
+	q.mu.Lock()
+	var wakes []func()
+	// Deferred calls are made in the other order: after the unlock.
+	defer func() { all(wakes) }()
+	defer q.mu.Unlock()
+	g := q.groups[groupName{tenant, group}]
+	if g == nil {
+		return schema.Refuse(schema.Code_CODE_WORK_NOT_FOUND, "There is no group %q.", group)
+	}
+	for _, s := range g.o.Sessions {
+		if err := may(s); err != nil {
+			return err
+		}
+	}
+	delete(q.groups, groupName{tenant, group})
+	g.waiting = nil
+	for _, w := range g.workers {
+		w.over = schema.Refuse(schema.Code_CODE_WORK_NOT_FOUND, "Group %q was deleted.", group)
+		wakes = append(wakes, w.wake)
+	}
+	return nil
+}
+
 // Items implements [broker.Queue]. Without a group it lists what any group has not settled.
 func (q *Queue) Items(_ context.Context, tenant string, in broker.ItemQuery) (broker.ItemPage, error) {
 	q.mu.Lock()
@@ -531,6 +566,9 @@ func (q *Queue) Redrive(_ context.Context, tenant string, may func(string) bool,
 		redriven++
 		l.Redriven = timestamppb.Now()
 		g := q.groups[groupName{tenant, l.GetGroup()}]
+		if g == nil {
+			continue
+		}
 		l.of.Attempt = 0
 		g.waiting = append(g.waiting, l.of)
 		wakes = append(wakes, g.deal()...)

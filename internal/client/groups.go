@@ -15,6 +15,11 @@ func (c *Client) WorkGroups(ctx context.Context) ([]*schema.WorkGroup, error) {
 	return res.GetGroups(), err
 }
 
+// DeleteWorkGroup removes a group, with what it had in hand and what waited for it. The error is work_not_found where there is no such group.
+func (c *Client) DeleteWorkGroup(ctx context.Context, group string) error {
+	return c.call(ctx, "DeleteWorkGroup", &schema.DeleteWorkGroupRequest{Group: group}, new(schema.DeleteWorkGroupResponse))
+}
+
 // Work returns one page of items. The error is work_not_found where there is no such group.
 func (c *Client) Work(ctx context.Context, req *schema.ListWorkRequest) (*schema.ListWorkResponse, error) {
 	res := new(schema.ListWorkResponse)

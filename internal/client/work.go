@@ -25,7 +25,7 @@ const (
 // WorkOptions say what a worker takes, and how its group hands it out. What is left out stays as the group has it; [schema.WorkSubscribe] has the bounds.
 type WorkOptions struct {
 	Group string
-	// Kinds are payload types, as the JSON form names them: of those that make work.
+	// Kinds are payload types, as the JSON form names them: of those that make work. Kinds and Sessions, where they are named, are all that the group takes, and perhaps more.
 	Kinds []string
 	// Sessions are names, and prefixes that end in *.
 	Sessions []string

@@ -156,6 +156,51 @@ func TestSessionSocketWork(t *testing.T) {
 	})
 }
 
+// TestSessionSocketHasItsOwnGroup: a session socket is handed items of its own session and of no other, whoever made the group, and whatever became of it since.
+func TestSessionSocketHasItsOwnGroup(t *testing.T) {
+	working(t, nil, func(w *world, q *worktest.Queue) {
+		const subscribe, advice = `{"type":"work_subscribe","data":{"channel":1,"group":"tools"}}`, "give each session a group of its own, or use /v1/connect"
+		refused := func(p *peer, says string) {
+			t.Helper()
+			d := p.wantControl("error")
+			if text, _ := d["details"].(string); d["channel"] != 1.0 || d["code"] != "invalid_message" || !strings.Contains(text, says) || !strings.Contains(text, "/v1/connect") {
+				t.Errorf("refused: %v, want %q", d, says)
+			}
+		}
+		a, b := w.socket("worker", "sa"), w.socket("worker", "sb")
+		a.sendRaw([]byte(subscribe))
+		a.wantControl("work_subscribed")
+		b.sendRaw([]byte(subscribe))
+		refused(b, `Group "tools" takes work of "sa", and the session socket of session "sb" works for that session alone; `+advice)
+		jobs(q, "sb", 1)
+		a.wantNothing()
+
+		// Wider from its beginning.
+		all := w.agent()
+		all.subscribe(&schema.WorkSubscribe{Channel: 1, Group: "all", Sessions: []string{"s*"}})
+		all.wantSubscribed()
+		b.sendRaw([]byte(strings.Replace(subscribe, "tools", "all", 1)))
+		refused(b, `takes work of "s*"`)
+
+		// Wider later.
+		all.subscribe(&schema.WorkSubscribe{Channel: 2, Group: "tools", Sessions: []string{"sa", "sb"}})
+		all.wantSubscribed()
+		w.wantSaid(q)
+		jobs(q, "sb", 2)
+		refused(a, `takes work of "sb"`)
+		a.sendRaw([]byte(subscribe))
+		refused(a, `takes work of "sb"`)
+
+		// A name that ends in * is a prefix in a group's filter.
+		star := w.socket("worker", "s*")
+		star.sendRaw([]byte(strings.Replace(subscribe, "tools", "star", 1)))
+		refused(star, "ends in *")
+		for _, p := range []*peer{a, b, star} {
+			p.leave()
+		}
+	})
+}
+
 // TestProtocolWork compares PROTOCOL.md's tables of the session socket's frames for workers with what is taken and said.
 func TestProtocolWork(t *testing.T) {
 	tables, err := doctable.Tables("../../PROTOCOL.md", "Work")

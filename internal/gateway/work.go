@@ -3,6 +3,7 @@ package gateway
 import (
 	"math"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -124,8 +125,19 @@ func (c *conn) newSubscription(m *schema.WorkSubscribe) (*subscription, error) {
 		return nil, err
 	}
 	s.options.Wake = s.turn
-	s.options.May = func(pattern string) error { return AuthorizePattern(s.who.Load(), Work, pattern) }
+	s.options.May = s.may
 	return s, nil
+}
+
+// may says why the peer may not have all work of a session or prefix of the group's filter. A session socket has the work of its own session, and its frames do not say of which an item is.
+func (s *subscription) may(pattern string) error {
+	if err := AuthorizePattern(s.who.Load(), Work, pattern); err != nil {
+		return err
+	}
+	if own := s.c.peer.Session; own != "" && pattern != own {
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Group %q takes work of %q, and the session socket of session %q works for that session alone; give each session a group of its own, or use /v1/connect.", s.options.Group, pattern, own)
+	}
+	return nil
 }
 
 // settings takes the group's settings over; each is left out where the client leaves it out. Whoever joins the group checks their bounds.
@@ -155,7 +167,9 @@ func (s *subscription) filter(sessions []string) error {
 		if len(sessions) > 1 || len(sessions) == 1 && sessions[0] != own {
 			return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The session socket of session %q works for that session alone; leave 'sessions' out.", own)
 		}
-		// Its name could end in *, as a prefix does: what the token says of that counts then.
+		if strings.HasSuffix(own, "*") {
+			return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The name of session %q ends in *, so that a group of it takes work of all sessions that begin so, and its session socket works for it alone; use /v1/connect.", own)
+		}
 		sessions = []string{own}
 	}
 	for _, pattern := range sessions {
@@ -210,15 +224,15 @@ func (c *conn) mayWork(p *auth.Principal) []*subscription {
 
 // mayWork says why the peer may not work for the group, with all the sessions that it may hold; nil before it was joined.
 func (s *subscription) mayWork() error {
-	who, g := s.who.Load(), s.group.Load()
+	g := s.group.Load()
 	if g == nil {
 		return nil
 	}
 	if len(g.GetSessions()) == 0 {
-		return AuthorizePattern(who, Work, "*")
+		return s.may("*")
 	}
 	for _, pattern := range g.GetSessions() {
-		if err := AuthorizePattern(who, Work, pattern); err != nil {
+		if err := s.may(pattern); err != nil {
 			return err
 		}
 	}
@@ -263,7 +277,7 @@ func (w *writer) joined(s *subscription) {
 	g := s.taker.Group()
 	s.group.Store(g)
 	if err := s.mayWork(); err != nil {
-		// The token that gave the right was replaced meanwhile.
+		// The token that gave the right was replaced meanwhile, or the group is not one for a session socket.
 		w.worked(s, err)
 		return
 	}
@@ -335,6 +349,9 @@ func (s *subscription) mayHave(it *broker.Item) error {
 	if Authorize(who, Work, it.Session.Name) != nil {
 		// Which session that is, the peer is not to know.
 		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "Group %q holds work of sessions that the token gives no access to, by now; use one whose claim 'sessions' names all of them.", s.options.Group)
+	}
+	if own := s.c.peer.Session; own != "" {
+		return s.may(it.Session.Name)
 	}
 	return nil
 }

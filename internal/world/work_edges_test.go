@@ -1,6 +1,7 @@
 package world
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -13,6 +14,58 @@ func callOf(id string) *schema.Envelope {
 
 func cancelOfRequest(request, reason string) *schema.Envelope {
 	return cancelOf(&schema.Cancel{Target: &schema.Cancel_RequestId{RequestId: request}, Reason: reason})
+}
+
+// TestI7_ASessionSocketHasItsOwnGroup: two session sockets cannot share a group, and one is let go when its group is widened, before it is handed anything of another session.
+func TestI7_ASessionSocketHasItsOwnGroup(t *testing.T) {
+	Run(t, Config{}, func(w *World) {
+		pub := w.DialAs(w.Edge(0), ProtoSocket, Dial{}, nil)
+		a := w.Hire(w.Edge(0), SessionSocket, "sa", &schema.WorkSubscribe{Group: "tools", Credit: 10, MaxDeliver: 1})
+		b := w.DialAs(w.Edge(1), SessionSocket, Dial{}, &schema.Attach{Channel: 99, Session: "sb", Start: &schema.Attach_Head{Head: true}})
+		b.Subscribe(&schema.WorkSubscribe{Group: "tools"})
+		if e := b.WantError(1, schema.Code_CODE_INVALID_MESSAGE); !strings.Contains(e.GetMessage(), "give each session a group of its own, or use /v1/connect") {
+			t.Errorf("the second socket is told %v", e)
+		}
+		pub.Put("sb", callOf("b"))
+		pub.Put("sa", callOf("a"))
+		a.AckWork(a.WantItem(1))
+		a.WantNoWork(time.Second)
+
+		all := w.Hire(w.Edge(1), GRPC, "", &schema.WorkSubscribe{Group: "tools", Sessions: []string{"s*"}, Credit: 10})
+		pub.Put("sb", callOf("b2"))
+		// Whatever edge it lands on, the socket's is not to have it.
+		if it := all.WantWork(1)[0]; it.GetSession() != "sb" || it.GetAttempt() != 1 {
+			t.Errorf("the wider group is handed %v", it)
+		}
+		if e := a.WantError(1, schema.Code_CODE_INVALID_MESSAGE); !strings.Contains(e.GetMessage(), `takes work of "s*"`) {
+			t.Errorf("the socket is told %v", e)
+		}
+		a.WantNoWork(time.Second)
+	})
+}
+
+// TestI7_AGroupIsDeletedForAllEdges: workers everywhere are told, at once where they wait for work, and within 10 s where their hands are full.
+func TestI7_AGroupIsDeletedForAllEdges(t *testing.T) {
+	Run(t, Config{}, func(w *World) {
+		pub := w.DialAs(w.Edge(0), ProtoSocket, Dial{}, nil)
+		full := w.Hire(w.Edge(0), GRPC, "", &schema.WorkSubscribe{Group: "g"})
+		pub.Put("s", callOf("a"))
+		held := full.WantItem(1)
+		idle := w.Hire(w.Edge(1), GRPC, "", &schema.WorkSubscribe{Group: "g"})
+		third := w.StartEdge()
+		w.must(w.Call(third, "DeleteWorkGroup", &schema.DeleteWorkGroupRequest{Group: "g"}, new(schema.DeleteWorkGroupResponse)))
+		began := time.Now()
+		idle.WantError(1, schema.Code_CODE_WORK_NOT_FOUND)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("a worker that waits was told after %s", took)
+		}
+		full.WantError(1, schema.Code_CODE_WORK_NOT_FOUND)
+		if took := time.Since(began); took > 11*time.Second {
+			t.Errorf("a worker with full hands was told after %s", took)
+		}
+		full.AckWork(held)
+		full.WantWorkRefused(held, schema.Code_CODE_WORK_LOST)
+	})
 }
 
 // TestI7_OverTheEdges: a worker by every way is handed items as far as its credit goes, settles them, is told within 50 ms of a cancel that came through another edge, and leaves what it holds to a worker elsewhere when its connection is cut.

@@ -63,6 +63,9 @@ const (
 	// SessionServiceListWorkGroupsProcedure is the fully-qualified name of the SessionService's
 	// ListWorkGroups RPC.
 	SessionServiceListWorkGroupsProcedure = "/tidemark.v1.SessionService/ListWorkGroups"
+	// SessionServiceDeleteWorkGroupProcedure is the fully-qualified name of the SessionService's
+	// DeleteWorkGroup RPC.
+	SessionServiceDeleteWorkGroupProcedure = "/tidemark.v1.SessionService/DeleteWorkGroup"
 	// SessionServiceListWorkProcedure is the fully-qualified name of the SessionService's ListWork RPC.
 	SessionServiceListWorkProcedure = "/tidemark.v1.SessionService/ListWork"
 	// SessionServiceListDeadLettersProcedure is the fully-qualified name of the SessionService's
@@ -98,6 +101,8 @@ type SessionServiceClient interface {
 	KeepRun(context.Context, *schema.KeepRunRequest) (*schema.KeepRunResponse, error)
 	// Lists the tenant's groups.
 	ListWorkGroups(context.Context, *schema.ListWorkGroupsRequest) (*schema.ListWorkGroupsResponse, error)
+	// Deletes a group: what it has in hand and what waits is forgotten, and its workers are told. Its dead letters stay. Needs the right to work, for every session that it may hold.
+	DeleteWorkGroup(context.Context, *schema.DeleteWorkGroupRequest) (*schema.DeleteWorkGroupResponse, error)
 	// Lists items that a group has not settled, or all that are kept, the oldest first.
 	ListWork(context.Context, *schema.ListWorkRequest) (*schema.ListWorkResponse, error)
 	// Lists dead letters, the oldest first.
@@ -185,6 +190,12 @@ func NewSessionServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(sessionServiceMethods.ByName("ListWorkGroups")),
 			connect.WithClientOptions(opts...),
 		),
+		deleteWorkGroup: connect.NewClient[schema.DeleteWorkGroupRequest, schema.DeleteWorkGroupResponse](
+			httpClient,
+			baseURL+SessionServiceDeleteWorkGroupProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("DeleteWorkGroup")),
+			connect.WithClientOptions(opts...),
+		),
 		listWork: connect.NewClient[schema.ListWorkRequest, schema.ListWorkResponse](
 			httpClient,
 			baseURL+SessionServiceListWorkProcedure,
@@ -225,6 +236,7 @@ type sessionServiceClient struct {
 	work            *connect.Client[schema.ClientFrame, schema.ServerFrame]
 	keepRun         *connect.Client[schema.KeepRunRequest, schema.KeepRunResponse]
 	listWorkGroups  *connect.Client[schema.ListWorkGroupsRequest, schema.ListWorkGroupsResponse]
+	deleteWorkGroup *connect.Client[schema.DeleteWorkGroupRequest, schema.DeleteWorkGroupResponse]
 	listWork        *connect.Client[schema.ListWorkRequest, schema.ListWorkResponse]
 	listDeadLetters *connect.Client[schema.ListDeadLettersRequest, schema.ListDeadLettersResponse]
 	redrive         *connect.Client[schema.RedriveRequest, schema.RedriveResponse]
@@ -314,6 +326,15 @@ func (c *sessionServiceClient) ListWorkGroups(ctx context.Context, req *schema.L
 	return nil, err
 }
 
+// DeleteWorkGroup calls tidemark.v1.SessionService.DeleteWorkGroup.
+func (c *sessionServiceClient) DeleteWorkGroup(ctx context.Context, req *schema.DeleteWorkGroupRequest) (*schema.DeleteWorkGroupResponse, error) {
+	response, err := c.deleteWorkGroup.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // ListWork calls tidemark.v1.SessionService.ListWork.
 func (c *sessionServiceClient) ListWork(ctx context.Context, req *schema.ListWorkRequest) (*schema.ListWorkResponse, error) {
 	response, err := c.listWork.CallUnary(ctx, connect.NewRequest(req))
@@ -370,6 +391,8 @@ type SessionServiceHandler interface {
 	KeepRun(context.Context, *schema.KeepRunRequest) (*schema.KeepRunResponse, error)
 	// Lists the tenant's groups.
 	ListWorkGroups(context.Context, *schema.ListWorkGroupsRequest) (*schema.ListWorkGroupsResponse, error)
+	// Deletes a group: what it has in hand and what waits is forgotten, and its workers are told. Its dead letters stay. Needs the right to work, for every session that it may hold.
+	DeleteWorkGroup(context.Context, *schema.DeleteWorkGroupRequest) (*schema.DeleteWorkGroupResponse, error)
 	// Lists items that a group has not settled, or all that are kept, the oldest first.
 	ListWork(context.Context, *schema.ListWorkRequest) (*schema.ListWorkResponse, error)
 	// Lists dead letters, the oldest first.
@@ -453,6 +476,12 @@ func NewSessionServiceHandler(svc SessionServiceHandler, opts ...connect.Handler
 		connect.WithSchema(sessionServiceMethods.ByName("ListWorkGroups")),
 		connect.WithHandlerOptions(opts...),
 	)
+	sessionServiceDeleteWorkGroupHandler := connect.NewUnaryHandlerSimple(
+		SessionServiceDeleteWorkGroupProcedure,
+		svc.DeleteWorkGroup,
+		connect.WithSchema(sessionServiceMethods.ByName("DeleteWorkGroup")),
+		connect.WithHandlerOptions(opts...),
+	)
 	sessionServiceListWorkHandler := connect.NewUnaryHandlerSimple(
 		SessionServiceListWorkProcedure,
 		svc.ListWork,
@@ -501,6 +530,8 @@ func NewSessionServiceHandler(svc SessionServiceHandler, opts ...connect.Handler
 			sessionServiceKeepRunHandler.ServeHTTP(w, r)
 		case SessionServiceListWorkGroupsProcedure:
 			sessionServiceListWorkGroupsHandler.ServeHTTP(w, r)
+		case SessionServiceDeleteWorkGroupProcedure:
+			sessionServiceDeleteWorkGroupHandler.ServeHTTP(w, r)
 		case SessionServiceListWorkProcedure:
 			sessionServiceListWorkHandler.ServeHTTP(w, r)
 		case SessionServiceListDeadLettersProcedure:
@@ -560,6 +591,10 @@ func (UnimplementedSessionServiceHandler) KeepRun(context.Context, *schema.KeepR
 
 func (UnimplementedSessionServiceHandler) ListWorkGroups(context.Context, *schema.ListWorkGroupsRequest) (*schema.ListWorkGroupsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.ListWorkGroups is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) DeleteWorkGroup(context.Context, *schema.DeleteWorkGroupRequest) (*schema.DeleteWorkGroupResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("tidemark.v1.SessionService.DeleteWorkGroup is not implemented"))
 }
 
 func (UnimplementedSessionServiceHandler) ListWork(context.Context, *schema.ListWorkRequest) (*schema.ListWorkResponse, error) {
