@@ -150,7 +150,7 @@ func (c *workRedriveCommand) Validate() error {
 // redriveAtOnce is how many dead letters are redriven in one call, at most.
 const redriveAtOnce = 1000
 
-// Run redrives them in parts. Started again after it failed, it goes on: what was redriven is not again.
+// Run redrives them in parts, each of which fails as a whole where one of its letters is not there. Started again after it failed, it goes on: what was redriven is not again.
 func (c *workRedriveCommand) Run(ctx context.Context, env *environment) error {
 	l, err := c.connect(ctx, env)
 	if err != nil {
@@ -163,16 +163,23 @@ func (c *workRedriveCommand) Run(ctx context.Context, env *environment) error {
 			return nil
 		})
 	}
-	redriven, before := 0, 0
+	redriven, before, parts := 0, 0, 0
 	for err == nil && len(ids) > 0 {
 		n := min(len(ids), redriveAtOnce)
 		var now, was int
-		now, was, err = l.Redrive(ctx, ids[:n])
-		redriven, before, ids = redriven+now, before+was, ids[n:]
+		if now, was, err = l.Redrive(ctx, ids[:n]); err == nil {
+			redriven, before, parts, ids = redriven+now, before+was, parts+1, ids[n:]
+		}
 	}
-	fmt.Fprintf(env.stdout, "redriven: %d\n", redriven)
-	if before > 0 {
-		fmt.Fprintf(env.stdout, "redriven before: %d\n", before)
+	// Of a part that failed the sums are not known; the error says what became of it.
+	if err == nil || parts > 0 {
+		fmt.Fprintf(env.stdout, "redriven: %d\n", redriven)
+		if before > 0 {
+			fmt.Fprintf(env.stdout, "redriven before: %d\n", before)
+		}
+	}
+	if err != nil && parts > 0 {
+		fmt.Fprintf(env.stderr, "%d of the dead letters are not among these sums; run the command again for them\n", len(ids))
 	}
 	return errors.Join(err, l.close())
 }

@@ -113,11 +113,18 @@ func TestWorkFromTheCommandLine(t *testing.T) {
 	if r := here("redrive", "7"); r.code != exitFailed || !strings.Contains(r.err, "work_not_found") {
 		t.Errorf("a dead letter that is not there: %d %s", r.code, r.err)
 	}
+	if r := here("redrive", "1", "7"); r.code != exitFailed || r.out != "" || !strings.Contains(r.err, `"7", so none`) {
+		t.Errorf("one that is there and one that is not: %d %s%s", r.code, r.out, r.err)
+	}
 	if r := here("redrive", "--group", "to\tols").must(t); r.out != "redriven: 1\n" {
 		t.Errorf("redriven: %s", r.out)
 	}
 	if r := here("redrive", "1").must(t); r.out != "redriven: 0\nredriven before: 1\n" {
 		t.Errorf("redriven again: %s", r.out)
+	}
+	// Two parts, the second of which fails: the sums are of the first.
+	if r := here(slices.Concat([]string{"redrive"}, slices.Repeat([]string{"1"}, redriveAtOnce), []string{"7"})...); r.code != exitFailed || r.out != fmt.Sprintf("redriven: 0\nredriven before: %d\n", redriveAtOnce) || !strings.Contains(r.err, "1 of the dead letters") {
+		t.Errorf("a second part that fails: %d %s%s", r.code, r.out, r.err)
 	}
 	if r := here("dead").must(t); r.out != "" {
 		t.Errorf("dead letters are left:\n%s", r.out)
