@@ -47,10 +47,8 @@ func (c *followCommand) Run(ctx context.Context, env *environment) error {
 	if _, err := schema.ParseSessionID("any", c.Session); err != nil {
 		return usageError{err}
 	}
-	for _, t := range c.Types {
-		if _, err := schema.ParseType(t); err != nil {
-			return usageError{err}
-		}
+	if _, err := schema.ParseTypes("The command", c.Types); err != nil {
+		return usageError{err}
 	}
 	l, err := c.connect(ctx, env)
 	if err != nil {

@@ -39,10 +39,8 @@ func (c *tailCommand) Run(ctx context.Context, env *environment) error {
 	if n := len(c.Group); n == 0 || n > schema.MaxGroupBytes {
 		return usageError{fmt.Errorf("the group's name has %d bytes; 1 to %d are allowed", n, schema.MaxGroupBytes)}
 	}
-	for _, t := range c.Types {
-		if _, err := schema.ParseType(t); err != nil {
-			return usageError{err}
-		}
+	if _, err := schema.ParseTypes("The tail", c.Types); err != nil {
+		return usageError{err}
 	}
 	l, err := c.connect(ctx, env)
 	if err != nil {
