@@ -178,12 +178,6 @@ func TestWork(t *testing.T) {
 				p.wantRefused(12345, schema.Code_CODE_WORK_LOST, "12345")
 				p.term(&schema.WorkTerm{WorkId: 1 << 40})
 				p.wantRefused(1<<40, schema.Code_CODE_WORK_LOST, "never handed it")
-				p.ack(0)
-				p.term(&schema.WorkTerm{})
-				p.nack(&schema.WorkNack{})
-				for _, what := range []string{"The ack names no item", "The term names no item", "The nack names no item"} {
-					p.wantRefused(0, schema.Code_CODE_INVALID_MESSAGE, what)
-				}
 				w.wantSaid(q, "ack 4")
 
 				// A cancel reaches the item in hand; what waits is handed out as cancelled.
