@@ -225,12 +225,6 @@ func shown(v reflect.Value) string {
 		return "(secret)"
 	case serverURL:
 		value = redacted(string(x))
-	case time.Time:
-		if !x.IsZero() {
-			value = x.Format(time.RFC3339Nano)
-		} else {
-			value = ""
-		}
 	case fmt.Stringer:
 		value = x.String()
 	default:
@@ -263,6 +257,30 @@ func redacted(urls string) string {
 		parts = append(parts, s)
 	}
 	return strings.Join(parts, ",")
+}
+
+// moment is a time among the settings; where it is zero, there is none.
+type moment struct{ time.Time }
+
+func (m moment) String() string {
+	if m.IsZero() {
+		return ""
+	}
+	return m.Format(time.RFC3339Nano)
+}
+
+// UnmarshalText is called by kong.
+func (m *moment) UnmarshalText(text []byte) error {
+	if len(text) == 0 {
+		*m = moment{}
+		return nil
+	}
+	t, err := time.Parse(time.RFC3339, string(text))
+	if err != nil {
+		return fmt.Errorf("%q is not a time in the form of RFC 3339; give date, time and zone, as 2025-11-04T10:00:15Z or 2025-11-04T11:00:15.250+01:00", text)
+	}
+	m.Time = t
+	return nil
 }
 
 // sentence is an error as people read it: refusals without their code's word before the sentence, and what caused them behind it.

@@ -16,7 +16,7 @@ import (
 
 // connectFlags say through which edge a command speaks to a running system, and as whom.
 type connectFlags struct {
-	Edge []string `placeholder:"URL" help:"Edge to speak to: grpc://HOST:PORT (grpcs:// with TLS), or http://HOST:PORT for its WebSocket; when one is gone the next is tried. Default: the node of --data-dir, or grpc://127.0.0.1:8081."`
+	Edge []string `placeholder:"URL" help:"Edge to speak to: ${edge_url}; when one is gone the next is tried. Default: the node of --data-dir, or grpc://127.0.0.1:8081."`
 	natsFlags
 	Token  secretText `placeholder:"TEXT" help:"Token to show. Set it in the environment; on the command line others can see it. Default: one of our own, minted with the secret."`
 	Tenant string     `default:"default" help:"Tenant of a token of our own."`

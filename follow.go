@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"time"
 
 	"tidemark/internal/client"
 	"tidemark/schema"
@@ -17,15 +16,15 @@ import (
 type followCommand struct {
 	Session string `arg:"" help:"The session. It may have no envelope yet."`
 	connectFlags
-	AfterSeq  uint64    `help:"Begin behind this seq."`
-	Epoch     string    `placeholder:"EPOCH" help:"The history that --after-seq belongs to; another one is refused."`
-	Head      bool      `help:"Only what comes from now on."`
-	Last      uint64    `placeholder:"N" help:"Begin with the last N envelopes."`
-	Since     time.Time `placeholder:"TIME" help:"Begin with what was stored at or after this time, as 2025-11-04T10:00:15Z."`
-	Types     []string  `placeholder:"TYPE" help:"Only these types: token, tool_call, user_message and so on."`
-	MustExist bool      `help:"Refuse a session without envelopes instead of waiting for its first."`
-	Once      bool      `help:"End when everything that was stored at the start has been shown."`
-	JSON      bool      `name:"json" help:"Print one envelope a line, in JSON."`
+	AfterSeq  uint64   `help:"Begin behind this seq."`
+	Epoch     string   `placeholder:"EPOCH" help:"The history that --after-seq belongs to; another one is refused."`
+	Head      bool     `help:"Only what comes from now on."`
+	Last      uint64   `placeholder:"N" help:"Begin with the last N envelopes."`
+	Since     moment   `placeholder:"TIME" help:"Begin with what was stored at or after this time, as 2025-11-04T10:00:15Z."`
+	Types     []string `placeholder:"TYPE" help:"Only these types: token, tool_call, user_message and so on."`
+	MustExist bool     `help:"Refuse a session without envelopes instead of waiting for its first."`
+	Once      bool     `help:"End when everything that was stored at the start has been shown."`
+	JSON      bool     `name:"json" help:"Print one envelope a line, in JSON."`
 }
 
 // Validate is called by kong.
@@ -47,17 +46,15 @@ func (c *followCommand) Run(ctx context.Context, env *environment) error {
 	if _, err := schema.ParseSessionID("any", c.Session); err != nil {
 		return usageError{err}
 	}
-	for _, t := range c.Types {
-		if _, err := schema.ParseType(t); err != nil {
-			return usageError{err}
-		}
+	if _, err := schema.ParseTypes("The command", c.Types); err != nil {
+		return usageError{err}
 	}
 	l, err := c.connect(ctx, env)
 	if err != nil {
 		return err
 	}
 	f := l.Follow(client.FollowOptions{
-		Session: c.Session, Head: c.Head, Last: c.Last, Since: c.Since, After: c.AfterSeq, Epoch: c.Epoch, Types: c.Types, MustExist: c.MustExist,
+		Session: c.Session, Head: c.Head, Last: c.Last, Since: c.Since.Time, After: c.AfterSeq, Epoch: c.Epoch, Types: c.Types, MustExist: c.MustExist,
 	})
 	err = c.show(ctx, env, f)
 	f.Close()

@@ -39,8 +39,8 @@ type commands struct {
 
 	Publish  publishCommand  `cmd:"" help:"Publish lines or a recorded stream into a session."`
 	Follow   followCommand   `cmd:"" help:"Show a session as it goes on, over lost connections and edges."`
-	Tail     tailCommand     `cmd:"" help:"Print the envelopes of all sessions, as a member of a durable group that shares the load."`
-	Sessions sessionsCommand `cmd:"" help:"List, show and remove sessions."`
+	Tail     tailCommand     `cmd:"" set:"edge_url=grpc://HOST:PORT (grpcs:// with TLS)" help:"Print the envelopes of all sessions, as a member of a durable group that shares the load."`
+	Sessions sessionsCommand `cmd:"" set:"edge_url=grpc://HOST:PORT (grpcs:// with TLS)" help:"List, show and remove sessions."`
 	Work     workCommand     `cmd:"" help:"See what work sessions hold, take it, and look after what was given up."`
 	Replay   replayCommand   `cmd:"" help:"Read a session's log: as a transcript, as JSON lines, or to verify it."`
 
@@ -69,6 +69,9 @@ type environment struct {
 
 // usageError is a wrong use of the command line, found after it was parsed.
 type usageError struct{ error }
+
+// Unwrap lets a refusal be told as everywhere.
+func (u usageError) Unwrap() error { return u.error }
 
 func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
@@ -146,7 +149,7 @@ func newParser(c *commands, env *environment, exited *int) (*kong.Kong, error) {
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 110}),
 		kong.Writers(env.stdout, env.stderr),
 		kong.Exit(func(code int) { *exited = code }),
-		kong.Vars{"data_dir": defaultDataDir(env.lookup)},
+		kong.Vars{"data_dir": defaultDataDir(env.lookup), "edge_url": "grpc://HOST:PORT (grpcs:// with TLS), or http://HOST:PORT for its WebSocket"},
 	)
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"tidemark/internal/client"
@@ -17,10 +18,10 @@ import (
 type tailCommand struct {
 	Group string `arg:"" help:"The group. It is made where there is none; its members share the load, and what one has printed no other prints."`
 	connectFlags
-	Prefix  string    `help:"Only sessions whose names begin so."`
-	Types   []string  `placeholder:"TYPE" help:"Only these types: token, tool_call, user_message and so on."`
-	FromNow bool      `help:"Begin a new group with what comes from now on, and not with the oldest that is kept."`
-	Since   time.Time `placeholder:"TIME" help:"Begin a new group with what was stored at or after this time, as 2025-11-04T10:00:15Z."`
+	Prefix  string   `help:"Only sessions whose names begin so."`
+	Types   []string `placeholder:"TYPE" help:"Only these types: token, tool_call, user_message and so on."`
+	FromNow bool     `help:"Begin a new group with what comes from now on, and not with the oldest that is kept."`
+	Since   moment   `placeholder:"TIME" help:"Begin a new group with what was stored at or after this time, as 2025-11-04T10:00:15Z."`
 }
 
 // tailLeaveWithin is how long the edge is given to take the last acknowledgements.
@@ -39,16 +40,14 @@ func (c *tailCommand) Run(ctx context.Context, env *environment) error {
 	if n := len(c.Group); n == 0 || n > schema.MaxGroupBytes {
 		return usageError{fmt.Errorf("the group's name has %d bytes; 1 to %d are allowed", n, schema.MaxGroupBytes)}
 	}
-	for _, t := range c.Types {
-		if _, err := schema.ParseType(t); err != nil {
-			return usageError{err}
-		}
+	if _, err := schema.ParseTypes("The tail", c.Types); err != nil {
+		return usageError{err}
 	}
 	l, err := c.connect(ctx, env)
 	if err != nil {
 		return err
 	}
-	t := l.Tail(client.TailOptions{Group: c.Group, Prefix: c.Prefix, Types: c.Types, Now: c.FromNow, Since: c.Since})
+	t := l.Tail(client.TailOptions{Group: c.Group, Prefix: c.Prefix, Types: c.Types, Now: c.FromNow, Since: c.Since.Time})
 	// At a signal the member leaves in good order, for which its connection outlives the signal.
 	reading, cut := context.WithCancel(context.WithoutCancel(ctx))
 	unsignalled := context.AfterFunc(ctx, func() {
@@ -68,6 +67,8 @@ func (c *tailCommand) Run(ctx context.Context, env *environment) error {
 // print writes each batch out before it is acknowledged.
 func (c *tailCommand) print(ctx, reading context.Context, env *environment, t *client.Tailer) error {
 	out := bufio.NewWriterSize(env.stdout, 64<<10)
+	share := shareTeller{out: env.stderr}
+	defer share.close()
 	var line []byte
 	for {
 		e, err := t.Next(reading)
@@ -77,7 +78,7 @@ func (c *tailCommand) print(ctx, reading context.Context, env *environment, t *c
 		case err != nil:
 			return err
 		case e.Assigned != nil:
-			fmt.Fprintf(env.stderr, "has %d of %d partitions of group %q\n", len(e.Assigned.GetPartitions()), e.Assigned.GetOf(), c.Group)
+			share.told(fmt.Sprintf("has %d of %d partitions of group %q\n", len(e.Assigned.GetPartitions()), e.Assigned.GetOf(), c.Group))
 		case e.Lost != nil:
 			fmt.Fprintf(env.stderr, "connection lost, going on behind what was acknowledged when it is back: %s\n", sentence(e.Lost))
 		case ctx.Err() != nil:
@@ -96,6 +97,50 @@ func (c *tailCommand) print(ctx, reading context.Context, env *environment, t *c
 				return nil //nolint:nilerr // the context ended, and so does the command
 			}
 		}
+	}
+}
+
+// shareSettles is how long a member's share must stand to be told: partitions come and go one by one.
+const shareSettles = time.Second
+
+// shareTeller tells what share of the group a member has, once for each change that lasts.
+type shareTeller struct {
+	out io.Writer
+
+	mu     sync.Mutex // guards all below
+	last   string     // what was told
+	next   string     // what is to be told
+	timer  *time.Timer
+	closed bool
+}
+
+// told takes what is the case from now on.
+func (s *shareTeller) told(share string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.next = share
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+	s.timer = time.AfterFunc(shareSettles, s.tell)
+}
+
+func (s *shareTeller) tell() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed && s.next != s.last {
+		_, _ = io.WriteString(s.out, s.next)
+		s.last = s.next
+	}
+}
+
+// close tells nothing more.
+func (s *shareTeller) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	if s.timer != nil {
+		s.timer.Stop()
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -19,12 +20,12 @@ import (
 
 // workCommand is `tidemark work`.
 type workCommand struct {
-	Groups  workGroupsCommand  `cmd:"" help:"List the groups of workers, and how each is doing."`
-	Ls      workLsCommand      `cmd:"" help:"List work that a group has not settled, or all that is kept, the oldest first."`
-	Dead    workDeadCommand    `cmd:"" help:"List dead letters: work that groups gave up."`
-	Redrive workRedriveCommand `cmd:"" help:"Hand dead letters to their groups again."`
-	Rm      workRmCommand      `cmd:"" help:"Remove a group, with what it has in hand and what waits for it; its dead letters stay."`
-	Take    workTakeCommand    `cmd:"" help:"Take work of a group: print each item as a line of JSON, and acknowledge it then."`
+	Groups  workGroupsCommand  `cmd:"" set:"edge_url=grpc://HOST:PORT (grpcs:// with TLS)" help:"List the groups of workers, and how each is doing."`
+	Ls      workLsCommand      `cmd:"" set:"edge_url=grpc://HOST:PORT (grpcs:// with TLS)" help:"List work that a group has not settled, or all that is kept, the oldest first."`
+	Dead    workDeadCommand    `cmd:"" set:"edge_url=grpc://HOST:PORT (grpcs:// with TLS)" help:"List dead letters: work that groups gave up."`
+	Redrive workRedriveCommand `cmd:"" set:"edge_url=grpc://HOST:PORT (grpcs:// with TLS)" help:"Hand dead letters to their groups again."`
+	Rm      workRmCommand      `cmd:"" set:"edge_url=grpc://HOST:PORT (grpcs:// with TLS)" help:"Remove a group, with what it has in hand and what waits for it; its dead letters stay."`
+	Take    workTakeCommand    `cmd:"" help:"Take work of a group: print each item as a line of JSON. An item is acknowledged as soon as its line is written; from then on whoever reads the lines answers for it."`
 }
 
 type workGroupsCommand struct {
@@ -130,17 +131,31 @@ func (c *workDeadCommand) Run(ctx context.Context, env *environment) error {
 		return err
 	}
 	t := newWorkTable(env, c.JSON, "ID", "GROUP", "SESSION", "SEQ", "KIND", "ATTEMPTS", "GIVEN UP", "REDRIVEN", "REASON")
+	found := false
 	more, err := deadLetters(ctx, l, &schema.ListDeadLettersRequest{Group: c.Group, Session: c.Session, Id: c.ID, Redriven: c.Redriven, PageSize: 1000}, c.Limit, func(d *schema.DeadLetter) error {
+		found = true
 		return t.add(d, printable(d.GetId()), printable(d.GetGroup()), printable(d.GetSession()), fmt.Sprint(d.GetSeq()), d.GetKind(), fmt.Sprint(d.GetAttempts()),
 			when(d.GetTime()), when(d.GetRedriven()), printable(d.GetReason()))
 	})
 	if err != nil {
 		return errors.Join(err, t.end(), l.close())
 	}
+	if !found {
+		err = thereIs(ctx, l, c.Group)
+	}
 	if more {
 		fmt.Fprintf(env.stderr, "there are more than %d; see --limit and --session\n", c.Limit)
 	}
-	return errors.Join(t.end(), l.close())
+	return errors.Join(err, t.end(), l.close())
+}
+
+// thereIs is the error of a group that is not there, which a name that was mistyped is not. Dead letters outlive their group, so it is asked where there are none.
+func thereIs(ctx context.Context, l *link, group string) error {
+	if group == "" {
+		return nil
+	}
+	_, err := l.Work(ctx, &schema.ListWorkRequest{Group: group, PageSize: 1})
+	return err
 }
 
 func deadLetters(ctx context.Context, l *link, req *schema.ListDeadLettersRequest, limit int, each func(*schema.DeadLetter) error) (more bool, err error) {
@@ -168,7 +183,7 @@ func (c *workRedriveCommand) Validate() error {
 // redriveAtOnce is how many dead letters are redriven in one call, at most.
 const redriveAtOnce = 1000
 
-// Run redrives them in parts. Started again after it failed, it goes on: what was redriven is not again.
+// Run redrives them in parts, each of which fails as a whole where one of its letters is not there. Started again after it failed, it goes on: what was redriven is not again.
 func (c *workRedriveCommand) Run(ctx context.Context, env *environment) error {
 	l, err := c.connect(ctx, env)
 	if err != nil {
@@ -180,17 +195,27 @@ func (c *workRedriveCommand) Run(ctx context.Context, env *environment) error {
 			ids = append(ids, d.GetId())
 			return nil
 		})
+		if err == nil && len(ids) == 0 {
+			err = thereIs(ctx, l, c.Group)
+		}
 	}
-	redriven, before := 0, 0
+	redriven, before, parts := 0, 0, 0
 	for err == nil && len(ids) > 0 {
 		n := min(len(ids), redriveAtOnce)
 		var now, was int
-		now, was, err = l.Redrive(ctx, ids[:n])
-		redriven, before, ids = redriven+now, before+was, ids[n:]
+		if now, was, err = l.Redrive(ctx, ids[:n]); err == nil {
+			redriven, before, parts, ids = redriven+now, before+was, parts+1, ids[n:]
+		}
 	}
-	fmt.Fprintf(env.stdout, "redriven: %d\n", redriven)
-	if before > 0 {
-		fmt.Fprintf(env.stdout, "redriven before: %d\n", before)
+	// Of a part that failed the sums are not known; the error says what became of it.
+	if err == nil || parts > 0 {
+		fmt.Fprintf(env.stdout, "redriven: %d\n", redriven)
+		if before > 0 {
+			fmt.Fprintf(env.stdout, "redriven before: %d\n", before)
+		}
+	}
+	if err != nil && parts > 0 {
+		fmt.Fprintf(env.stderr, "%d of the dead letters are not among these sums; run the command again for them\n", len(ids))
 	}
 	return errors.Join(err, l.close())
 }
@@ -198,12 +223,15 @@ func (c *workRedriveCommand) Run(ctx context.Context, env *environment) error {
 type workTakeCommand struct {
 	Group string `arg:"" help:"The group. It begins with its first worker."`
 	connectFlags
-	Kinds      []string      `placeholder:"TYPE" help:"What the group takes: tool_call, start_run, user_message, user_input, cancel. Default: as it has it; all for a new one. It can only be widened."`
-	Sessions   []string      `placeholder:"NAME" help:"Sessions, and prefixes that end in *, that the group takes work of. Default: as it has it; all for a new one. It can only be widened."`
-	AckWait    time.Duration `help:"How long a worker of the group may be silent about an item. Default: as it has it; 30s for a new one."`
-	MaxDeliver int           `placeholder:"N" help:"How often an item is handed out before it is a dead letter. Default: as the group has it; 5 for a new one."`
-	FromNow    bool          `help:"Let a new group begin with what comes from now on."`
-	Limit      int           `placeholder:"N" help:"End after so many items."`
+	Kinds      []string        `placeholder:"TYPE" help:"What the group takes: tool_call, start_run, user_message, user_input, cancel. Default: as it has it; all for a new one. It can only be widened."`
+	Sessions   []string        `placeholder:"NAME" help:"Sessions, and prefixes that end in *, that the group takes work of. Default: as it has it; all for a new one. It can only be widened."`
+	AckWait    time.Duration   `help:"How long a worker of the group may be silent about an item. Default: as it has it; 30s for a new one."`
+	MaxDeliver int             `placeholder:"N" help:"How often an item is handed out before it is a dead letter. Default: as the group has it; 5 for a new one."`
+	Backoff    []time.Duration `help:"How long an item rests that was given back, by its attempt; the last for all that follow. Default: as the group has it; none for a new one."`
+	Ordered    bool            `help:"Let a new group hand out the work of one session one by one and in its order."`
+	Credit     int             `placeholder:"N" default:"1" help:"Most items in hand at once."`
+	FromNow    bool            `help:"Let a new group begin with what comes from now on."`
+	Limit      int             `placeholder:"N" help:"End after so many items."`
 }
 
 // Run prints items until the process is told to stop. An item whose line could not be written goes back.
@@ -214,7 +242,7 @@ func (c *workTakeCommand) Run(ctx context.Context, env *environment) error {
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	// Owned by the callback, which is called for one item at a time, and read when it is over.
+	var printing sync.Mutex // guards the two below, and the output
 	taken := 0
 	var gone error
 	if c.AckWait != 0 && c.AckWait < schema.MinAckWaitMs*time.Millisecond {
@@ -222,9 +250,16 @@ func (c *workTakeCommand) Run(ctx context.Context, env *environment) error {
 	}
 	w := l.Worker(client.WorkOptions{
 		Group: c.Group, Kinds: c.Kinds, Sessions: c.Sessions, AckWait: c.AckWait, MaxDeliver: c.MaxDeliver, FromNow: c.FromNow,
+		Backoff: c.Backoff, Ordered: c.Ordered, Credit: c.Credit,
 		Lost: func(err error) { fmt.Fprintf(env.stderr, "connection lost: %s\n", sentence(err)) },
 	}, func(_ context.Context, it *client.Item) error {
 		line, err := takenLine(it)
+		printing.Lock()
+		defer printing.Unlock()
+		if ctx.Err() != nil {
+			// Others were in hand beside the last that was wanted.
+			return ctx.Err()
+		}
 		if err == nil {
 			_, err = env.stdout.Write(line)
 		}

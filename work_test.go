@@ -113,14 +113,34 @@ func TestWorkFromTheCommandLine(t *testing.T) {
 	if r := here("redrive", "7"); r.code != exitFailed || !strings.Contains(r.err, "work_not_found") {
 		t.Errorf("a dead letter that is not there: %d %s", r.code, r.err)
 	}
+	if r := here("redrive", "1", "7"); r.code != exitFailed || r.out != "" || !strings.Contains(r.err, `"7", so none`) {
+		t.Errorf("one that is there and one that is not: %d %s%s", r.code, r.out, r.err)
+	}
 	if r := here("redrive", "--group", "to\tols").must(t); r.out != "redriven: 1\n" {
 		t.Errorf("redriven: %s", r.out)
 	}
 	if r := here("redrive", "1").must(t); r.out != "redriven: 0\nredriven before: 1\n" {
 		t.Errorf("redriven again: %s", r.out)
 	}
+	// Two parts, the second of which fails: the sums are of the first.
+	if r := here(slices.Concat([]string{"redrive"}, slices.Repeat([]string{"1"}, redriveAtOnce), []string{"7"})...); r.code != exitFailed || r.out != fmt.Sprintf("redriven: 0\nredriven before: %d\n", redriveAtOnce) || !strings.Contains(r.err, "1 of the dead letters") {
+		t.Errorf("a second part that fails: %d %s%s", r.code, r.out, r.err)
+	}
 	if r := here("dead").must(t); r.out != "" {
 		t.Errorf("dead letters are left:\n%s", r.out)
+	}
+
+	// A group without dead letters is one thing, and one that is not there another.
+	if r := here("dead", "to\tols").must(t); r.out != "" {
+		t.Errorf("dead letters of the group are left:\n%s", r.out)
+	}
+	if r := here("redrive", "--group", "to\tols").must(t); r.out != "redriven: 0\n" {
+		t.Errorf("redriven without a dead letter: %s", r.out)
+	}
+	for _, args := range [][]string{{"dead", "nobody"}, {"redrive", "--group", "nobody"}} {
+		if r := here(args...); r.code != exitFailed || r.out != "" || !strings.Contains(r.err, "nobody") || !strings.Contains(r.err, "work_not_found") {
+			t.Errorf("%v of a group that is not there: %d %s%s", args, r.code, r.out, r.err)
+		}
 	}
 
 	// Taken one by one, printed and then acknowledged.
@@ -159,6 +179,62 @@ func TestWorkFromTheCommandLine(t *testing.T) {
 	}
 	if r := here("take", strings.Repeat("g", 201)); r.code != exitFailed || !strings.Contains(r.err, "201 bytes") {
 		t.Errorf("a name that is too long: %d %s", r.code, r.err)
+	}
+}
+
+// TestWorkIsTakenAsWanted: the flags reach the group, and of what is in hand beside the last item that was wanted nothing is printed, and all goes back.
+func TestWorkIsTakenAsWanted(t *testing.T) {
+	q, vars := workshop(t)
+	take := func(args ...string) result {
+		return tidemark(t, vars, append([]string{"work", "take", "g"}, args...)...)
+	}
+	w, err := q.Join(t.Context(), "default", broker.WorkOptions{Group: "g", May: func(string) error { return nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	for seq := range uint64(6) {
+		job(q, "s", seq+1)
+	}
+	if r := take("--credit", "4", "--backoff", "1s,1m", "--limit", "2").must(t); strings.Count(r.out, "\n") != 2 {
+		t.Errorf("taken:\n%s", r.out)
+	}
+	acked, back := 0, 0
+	for _, said := range q.Said() {
+		if strings.HasPrefix(said, "ack") {
+			acked++
+		} else if strings.HasPrefix(said, "back") {
+			back++
+		}
+	}
+	if acked != 2 || back < 2 {
+		t.Errorf("%d were acknowledged, and %d went back", acked, back)
+	}
+	groups, err := q.Groups(t.Context(), "default")
+	if err != nil || len(groups) != 1 || !slices.Equal(groups[0].GetBackoffMs(), []uint64{1000, 60_000}) {
+		t.Errorf("the groups are %v, %v", groups, err)
+	}
+	if r := take("--credit", "5000"); r.code != exitFailed || !strings.Contains(r.err, "5000") {
+		t.Errorf("a credit that is too much: %d %s", r.code, r.err)
+	}
+}
+
+// TestEdgeOutOfReach: who names an edge that is not there, or does not do it, is told that in words of their own.
+func TestEdgeOutOfReach(t *testing.T) {
+	for edge, says := range map[string]string{
+		"grpc://127.0.0.1:1": "The edge grpc://127.0.0.1:1 cannot be reached; check that it is running and its address. (unavailable): dial tcp 127.0.0.1:1: connect: connection refused\n",
+		"http://127.0.0.1:1": "name one as grpc://HOST:PORT.",
+	} {
+		r := tidemark(t, map[string]string{"TIDEMARK_TOKEN": "x"}, "work", "groups", "--edge", edge)
+		if r.code != exitFailed || !strings.Contains(r.err, says) || strings.Contains(r.err, "rpc error") {
+			t.Errorf("%s: %d %s", edge, r.code, r.err)
+		}
+	}
+	if help := tidemark(t, nil, "work", "dead", "--help").must(t).out; strings.Contains(help, "http://") {
+		t.Errorf("the help names an edge that does not do it:\n%s", help)
+	}
+	if help := tidemark(t, nil, "work", "take", "--help").must(t).out; !strings.Contains(help, "http://") {
+		t.Errorf("the help names no edge with a WebSocket:\n%s", help)
 	}
 }
 

@@ -243,40 +243,55 @@ func noLetter(id string) error {
 	return schema.Refuse(schema.Code_CODE_WORK_NOT_FOUND, "There is no dead letter %q; list them to see which there are.", id)
 }
 
-// Redrive implements [Queue]. A letter's next life is an item of its own, on a subject that only its group takes. It is written before the letter says that it was; its fence and what it says of the letter make it one, however often it is asked for.
+// Redrive implements [Queue]. It looks at all letters before it touches the first, and then once more at each: what a thousand of them hold is not kept in memory meanwhile. A letter's next life is an item of its own, on a subject that only its group takes. It is written before the letter says that it was; its fence and what it says of the letter make it one, however often it is asked for.
 func (l *JetStreamLog) Redrive(ctx context.Context, tenant string, may func(string) bool, ids []string) (redriven, before int, err error) {
 	if _, err := l.ready(ctx); err != nil {
 		return 0, 0, err
 	}
-	for _, id := range ids {
+	subjects := make([]string, len(ids))
+	for i, id := range ids {
 		subject, session, ok := letterOf(tenant, id)
 		if !ok || !may(session) {
-			return redriven, before, noLetter(id)
+			return 0, 0, noneRedriven(id)
 		}
-		now, err := l.redrive(ctx, subject, id)
+		rec, _, err := l.letter(ctx, subject)
 		if err != nil {
-			return redriven, before, err
+			return 0, 0, err
 		}
-		if now {
+		if rec == nil {
+			return 0, 0, noneRedriven(id)
+		}
+		subjects[i] = subject
+	}
+	for _, subject := range subjects {
+		now, was, err := l.redrive(ctx, subject)
+		switch {
+		case err != nil:
+			return redriven, before, err
+		case now:
 			redriven++
-		} else {
+		case was:
 			before++
 		}
 	}
 	return redriven, before, nil
 }
 
-// redrive hands one letter to its group again; false where that was done before.
-func (l *JetStreamLog) redrive(ctx context.Context, subject, id string) (now bool, err error) {
+func noneRedriven(id string) error {
+	return schema.Refuse(schema.Code_CODE_WORK_NOT_FOUND, "There is no dead letter %q, so none of those named was redriven; list them to see which there are.", id)
+}
+
+// redrive hands one letter to its group again, or finds that it was before; neither where the letter has gone meanwhile, with its session.
+func (l *JetStreamLog) redrive(ctx context.Context, subject string) (now, before bool, err error) {
 	for {
 		rec, rev, err := l.letter(ctx, subject)
 		switch {
 		case err != nil:
-			return false, err
+			return now, false, err
 		case rec == nil:
-			return false, noLetter(id)
+			return now, false, nil
 		case rec.Redriven != nil:
-			return now, nil
+			return now, !now, nil
 		}
 		if now, err = l.writeRedriven(ctx, rec, now); err == nil {
 			rec.Redriven = timestamppb.Now()
@@ -284,9 +299,9 @@ func (l *JetStreamLog) redrive(ctx context.Context, subject, id string) (now boo
 		}
 		switch {
 		case err == nil:
-			return now, nil
+			return now, !now, nil
 		case !isConflict(err):
-			return now, unreadable(err)
+			return now, false, unreadable(err)
 		}
 	}
 }

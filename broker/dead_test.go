@@ -134,6 +134,39 @@ func TestI7_WhoDiesWhileGivingUp(t *testing.T) {
 	})
 }
 
+// TestI7_RedriveNamesWhatIsNotThere: where one of the letters is not there, or not the asker's, none is redriven, so that the error says all that happened.
+func TestI7_RedriveNamesWhatIsNotThere(t *testing.T) {
+	atDesk(t, func(d *desk) {
+		w, take := d.join(WorkOptions{Group: "g"})
+		w.Term(take().ID, "no such tool")
+		time.Sleep(time.Second)
+		page, err := d.l.DeadLetters(d.Context(), "default", DeadQuery{Group: "g", Limit: 10})
+		if err != nil || len(page.Letters) != 1 {
+			d.Fatalf("the dead letters are %v, %v", page.Letters, err)
+		}
+		id := page.Letters[0].GetId()
+		elsewhere := letterID(letterSubject("dead", "g", schema.SessionID{Tenant: "default", Name: "other"}, page.Letters[0].GetEpoch(), 1))
+		mine := func(session string) bool { return session == "s" }
+		for _, bad := range []string{"nix", elsewhere, id + ".more"} {
+			redriven, before, err := d.l.Redrive(d.Context(), "default", mine, []string{id, bad})
+			if schema.CodeOf(err) != schema.Code_CODE_WORK_NOT_FOUND || redriven+before != 0 {
+				d.Errorf("beside %q: %d redriven, %d before, %v", bad, redriven, before, err)
+			}
+		}
+		if i := take(); i != nil {
+			d.Errorf("it is handed out again: %+v", i)
+		}
+		redriven, before, err := d.l.Redrive(d.Context(), "default", mine, []string{id, id})
+		if err != nil || redriven != 1 || before != 1 {
+			d.Errorf("named twice: %d redriven, %d before, %v", redriven, before, err)
+		}
+		if i := take(); i == nil {
+			d.Error("what was redriven does not come")
+		}
+		w.Close()
+	})
+}
+
 // TestI7_SettingsThatChange: an edge that goes by settings of a moment ago does not pass over items that the group wants by now.
 func TestI7_SettingsThatChange(t *testing.T) {
 	atDesk(t, func(d *desk) {

@@ -122,11 +122,13 @@ func (p *projection) storeWork(ctx context.Context) error {
 func (p *projection) storeWorkOf(ctx context.Context, items []*pendingItem) error {
 	s := items[0].s
 	var retry backoff
+	// warned is about the first of the items.
+	warned := false
 	for len(items) > 0 {
 		err := p.guard.fresh(ctx)
 		if err == nil {
 			if err = p.storeItem(ctx, s, items[0].item); err == nil {
-				items, retry = items[1:], backoff{}
+				items, retry, warned = items[1:], backoff{}, false
 				continue
 			}
 		}
@@ -134,7 +136,12 @@ func (p *projection) storeWorkOf(ctx context.Context, items []*pendingItem) erro
 			return err
 		}
 		p.metrics.retries.Inc()
-		if retry.d == 0 {
+		switch {
+		case retry.d == 0 && isConflict(err):
+			// Others had come further, as after a restart or a takeover. The lane is read again, and that is all.
+			p.logger.Debug("the lane of a work item was another than it was known to be", "session", s.id.String(), "seq", items[0].item.GetSeq(), "error", err)
+		case !warned:
+			warned = true
 			p.logger.Warn("work could not be dispatched yet", "session", s.id.String(), "seq", items[0].item.GetSeq(), "error", err)
 		}
 		if !retry.wait(ctx, errNotStored) {

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -226,6 +227,46 @@ func TestI7_PagesComeBehindWork(t *testing.T) {
 			t.Errorf("%d pages and records are stored, and %d work items", n, len(s.worked()))
 		}
 	})
+}
+
+// forgetful is a guard under which a projection takes lanes for empty, for as many attempts as it has left.
+type forgetful struct {
+	free
+	p    *projected
+	left int
+}
+
+func (f *forgetful) fresh(context.Context) error {
+	if f.left > 0 {
+		f.left--
+		f.p.work = map[schema.Kind]laneEnd{}
+	}
+	return nil
+}
+
+// TestI7_AConflictIsNoTrouble: that a lane has come further than it was known to, as after every takeover, nobody is warned of; of a conflict that stays, once.
+func TestI7_AConflictIsNoTrouble(t *testing.T) {
+	for attempts, want := range map[int]int{1: 0, 5: 1} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newShelf(t, 1, 67)
+			a := s.scribe("default", "a")
+			a.append(&schema.Envelope{Payload: &schema.Envelope_UserMessage{UserMessage: &schema.UserMessage{Message: "hello"}}})
+			p := s.run(nil, "one")
+			time.Sleep(time.Second)
+			p.end(t)
+			var said strings.Builder
+			again := newProjection(s.nc, s.r, nil, 1<<20, newProjectionMetrics(nil), slog.New(slog.NewTextHandler(&said, &slog.HandlerOptions{Level: slog.LevelWarn})))
+			again.work = &dispatch{}
+			s.feed(again, 0, 1, s.lastSeq("LOG_00"))
+			again.guard = &forgetful{p: again.work.items[0].s, left: attempts}
+			if err := again.storeWork(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if n := strings.Count(said.String(), "level=WARN"); n != want || len(s.worked()) != 1 {
+				t.Errorf("%d conflicts made %d warnings and %d items:\n%s", attempts, n, len(s.worked()), said.String())
+			}
+		})
+	}
 }
 
 // TestI7_AStreamedCallIsOneItem: of a tool call whose arguments come in pieces the last makes the item.

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"log/slog"
+	"strings"
 	"testing"
 	"time"
 
@@ -35,7 +36,7 @@ func TestTailMemberCountsSilenceItHasHeard(t *testing.T) {
 
 // TestTailHeldOverAnotherStream: when a log stream goes back, what was out of the one before is forgotten, and what is said of it moves no checkpoint in the new one.
 func TestTailHeldOverAnotherStream(t *testing.T) {
-	m := &TailMember{log: &JetStreamLog{tails: newTailMetrics(nil)}, logger: slog.New(slog.DiscardHandler), room: semaphore.NewWeighted(tailInFlight), held: make(map[uint32]*held), wake: make(chan struct{}, 1), told: true}
+	m := &TailMember{log: &JetStreamLog{tails: newTailMetrics(nil)}, logger: slog.New(slog.DiscardHandler), room: semaphore.NewWeighted(tailInFlight), held: make(map[uint32]*held), wake: make(chan struct{}, 1), told: true, starts: make([]uint64, 1)}
 	h := &held{m: m, settled: make(chan struct{}, 1)}
 	m.held[0] = h
 	put := func(through uint64) {
@@ -56,14 +57,21 @@ func TestTailHeldOverAnotherStream(t *testing.T) {
 		t.Fatalf("the new stream is read from behind %d", at)
 	}
 	put(2)
-	m.Ack(0, 100)
+	ack := func(partition uint32, through uint64) {
+		t.Helper()
+		if err := m.Ack(partition, through); (err != nil) != (partition > 0) || err != nil && !strings.Contains(err.Error(), "the log has 1") {
+			t.Errorf("partition %d was acknowledged: %v", partition, err)
+		}
+	}
+	ack(1, 100)
+	ack(0, 100)
 	if floor := h.floor(); floor != 0 {
 		t.Errorf("the checkpoint is %d before anything of the new stream was sent", floor)
 	}
 	if e, ok := m.take(); !ok || e.Batch.Through != 2 {
 		t.Errorf("the member was told %v, want what the new stream holds", e.Batch)
 	}
-	m.Ack(0, 2)
+	ack(0, 2)
 	if floor := h.floor(); floor != 2 || len(h.out) != 0 {
 		t.Errorf("the checkpoint is %d with %d batches out", floor, len(h.out))
 	}

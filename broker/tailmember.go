@@ -131,13 +131,17 @@ func (m *TailMember) take() (TailEvent, bool) {
 	return TailEvent{Batch: b}, true
 }
 
-// Ack says that all batches of the partition up to through are done with. Of a partition that the member does not hold any more, and of what it was not sent, nothing is acknowledged.
-func (m *TailMember) Ack(partition uint32, through uint64) {
+// Ack says that all batches of the partition up to through are done with. Of a partition that the member does not hold any more, and of what it was not sent, nothing is acknowledged. The error is invalid_message where there is no
+// such partition.
+func (m *TailMember) Ack(partition uint32, through uint64) error {
+	if n := len(m.starts); partition >= uint32(n) {
+		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "There is no partition %d to acknowledge in group %q; the log has %d, counted from 0.", partition, m.group.name, n)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	h := m.held[partition]
 	if h == nil || h.ended {
-		return
+		return nil
 	}
 	for len(h.out) > 0 && h.out[0].sent && h.out[0].Through <= through {
 		h.acked = h.out[0].Through
@@ -146,6 +150,7 @@ func (m *TailMember) Ack(partition uint32, through uint64) {
 	if len(h.out) == 0 || !h.out[0].sent {
 		signal(h.settled)
 	}
+	return nil
 }
 
 // Close ends the member: its partitions and their checkpoints are given back, within seconds, and the others learn of it in a moment. It may be called more than once.

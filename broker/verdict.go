@@ -109,14 +109,15 @@ func (d *watchdog) word(ctx context.Context, v verdict) (s *Submission, now *sta
 		s, err = submissionOf(nil, &schema.Envelope{ReplyTo: &v.prompt, Payload: &schema.Envelope_UserInput{UserInput: &schema.UserInput{ResponseJson: st.fallback}}})
 		return s, nil, err
 	}
-	gone, run := v.after.String(), "The run"
+	// How long it really was without one, nobody knows: where the server was away itself, it counts anew.
+	limit, run := v.after.String(), "The run"
 	if v.run != "" {
 		run = fmt.Sprintf("The run %q", v.run)
 	}
 	s, err = submissionOf(&v.head, &schema.Envelope{Payload: &schema.Envelope_Error{Error: &schema.Error{
-		Error: run + " has been without its agent for " + gone + " and is over; start it again to go on.", Recoverable: new(true), Code: codeOrphaned,
+		Error: run + " has been without its agent for longer than " + limit + ", which is its limit, and is over; start it again to go on.", Recoverable: new(true), Code: codeOrphaned,
 	}}}, &schema.Envelope{Payload: &schema.Envelope_RunStatus{RunStatus: &schema.RunStatus{
-		RunId: v.run, Status: schema.Status_STATUS_FAILED, Reason: "Its agent has been gone for " + gone + ".",
+		RunId: v.run, Status: schema.Status_STATUS_FAILED, Reason: "Its agent has been gone for longer than " + limit + ".",
 	}}})
 	return s, nil, err
 }

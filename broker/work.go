@@ -22,8 +22,8 @@ type Queue interface {
 	Items(ctx context.Context, tenant string, q ItemQuery) (ItemPage, error)
 	// DeadLetters lists what groups gave up, the oldest first.
 	DeadLetters(ctx context.Context, tenant string, q DeadQuery) (DeadPage, error)
-	// Redrive hands dead letters to their groups again, those whose sessions the asker may use. Asked twice, it does so once; before counts those that were redriven already. The error is work_not_found where one
-	// of them is not there, and then the others may be redriven or not.
+	// Redrive hands dead letters to their groups again. Asked twice, it does so once; before counts those that were redriven already. The error is work_not_found where one of them is not there, or is of a session
+	// that the asker may not use, and then none was redriven. Behind any other error some may be, and the sums are of those that are known to be; asked again, it goes on.
 	Redrive(ctx context.Context, tenant string, may func(session string) bool, ids []string) (redriven, before int, err error)
 }
 

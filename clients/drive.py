@@ -198,6 +198,7 @@ async def main():
                 ("Python, work and analytics", lambda: alone(system, sys.executable, os.path.join(HERE, "work.py"))),
                 ("Python, NATS itself", lambda: raw(system)),
                 ("README.md", lambda: readme.check(system, CACHE)),
+                ("README.md, work", lambda: readme.check_work(system, CACHE)),
             ]:
                 began = time.monotonic()
                 try:

@@ -17,11 +17,16 @@ ADDRESS = "127.0.0.1:8080"
 PATIENCE = 30
 
 
+def snippets(heading, language):
+    """All that stands there in that language."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        section = f.read().split("\n## %s\n" % heading)[1].split("\n## ")[0]
+    return re.findall(r"^```%s\n(.*?)^```$" % language, section, re.S | re.M)
+
+
 def snippet(language):
     """The one client in that language, of those that follow a session."""
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        section = f.read().split("\n## A client in ten lines\n")[1].split("\n## ")[0]
-    found = re.findall(r"^```%s\n(.*?)^```$" % language, section, re.S | re.M)
+    found = snippets("A client in ten lines", language)
     assert len(found) == 1 and ADDRESS in found[0], "README.md shows %d clients in %s" % (len(found), language)
     return found[0]
 
@@ -140,3 +145,36 @@ async def check(system, cache):
                 await client.stop()
         wire.close()
     return "its clients in JavaScript, Python and Go print all %d lines once, over a cut, a kill -9 and two deletions, and end with the session" % len(published)
+
+
+async def check_work(system, cache):
+    """Who asks for a tool gets what the tool runner says; and waits no longer than it wants to where there is none."""
+    found = snippets("Work", "python")
+    assert len(found) == 2, "README.md shows %d programs in Python that have to do with work" % len(found)
+    commands = []
+    for name, role, text in zip(("runner", "asker"), ("worker", "agent"), found):
+        assert ADDRESS in text and "sessionName=hello" in text, "README.md's %s names another address or session" % name
+        text = text.replace(ADDRESS, system.http).replace("sessionName=hello", "sessionName=asked").replace('ask("ls", 30)', 'ask("ls", PATIENCE)')
+        at = os.path.join(cache, "readme-%s.py" % name)
+        with open(at, "w", encoding="utf-8") as f:
+            f.write("import os\nTOKEN, PATIENCE = os.environ['TOKEN'], float(os.environ['PATIENCE'])\n" + text)
+        commands.append((dict(system.env, TOKEN=(await system.run("token", "--role", role)).strip()), sys.executable, "-u", at))
+    runner, asker = Client("Python, the runner", str), Client("Python, the asker", str)
+
+    async def ask(patience):
+        await asker.start(dict(commands[1][0], PATIENCE=str(patience)), *commands[1][1:])
+        await asyncio.wait_for(asker.process.wait(), PATIENCE)
+        for task in asker.reading:
+            await task
+
+    try:
+        await ask(0.5)
+        assert asker.process.returncode and "TimeoutError" in asker.errors[-1], "without a runner the asker printed %r; it says:\n%s" % (asker.texts, "".join(asker.errors))
+        await runner.start(dict(commands[0][0], PATIENCE="0"), *commands[0][1:])
+        await ask(PATIENCE)
+        assert asker.texts and ast.literal_eval(asker.texts[-1])["result"] == "done", "the asker printed %r; it says:\n%s" % (asker.texts, "".join(asker.errors))
+    finally:
+        for client in (runner, asker):
+            if hasattr(client, "process"):
+                await client.stop()
+    return "who asks for a tool waits in vain no longer than it wants to, and gets the runner's result"

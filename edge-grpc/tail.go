@@ -111,12 +111,8 @@ func tailOptions(open *schema.TailOpen) (o broker.TailOptions, err error) {
 	if n := len(open.GetTypes()); n > schema.MaxAttachTypes {
 		return o, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The tail names %d types; at most %d are allowed.", n, schema.MaxAttachTypes)
 	}
-	for _, t := range open.GetTypes() {
-		k, err := schema.ParseType(t)
-		if err != nil {
-			return o, err
-		}
-		o.Kinds = append(o.Kinds, k)
+	if o.Kinds, err = schema.ParseTypes("The tail", open.GetTypes()); err != nil {
+		return o, err
 	}
 	switch s := open.GetStart().(type) {
 	case *schema.TailOpen_Now:
@@ -145,7 +141,9 @@ func receiveTail(ctx context.Context, p gateway.Peer, opens chan<- *schema.TailO
 		case member != nil && ack == nil:
 			return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "Behind its 'open' a tail takes nothing but 'ack'.")
 		case member != nil:
-			member.Ack(ack.GetPartition(), ack.GetThrough())
+			if err := member.Ack(ack.GetPartition(), ack.GetThrough()); err != nil {
+				return err
+			}
 			continue
 		}
 		select {

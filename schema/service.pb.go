@@ -1534,7 +1534,7 @@ func (x *RedriveRequest) GetIds() []string {
 	return nil
 }
 
-// RedriveResponse says what became of each, in the order given.
+// RedriveResponse says how many were handed to their groups, now and before. One that went with its session meanwhile counts as neither.
 type RedriveResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Handed to their groups now.

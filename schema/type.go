@@ -1,5 +1,7 @@
 package schema
 
+import "strings"
+
 // Kind is the number of a payload's field in [Envelope]: what kind of event an envelope is. 0 is none, or one that this version does not know.
 //
 // The numbers 8–13 and 16–99 of Envelope are payloads and nothing else, so that a payload of a later version is recognised as one: see [IsPayload].
@@ -91,6 +93,28 @@ func ParseType(name string) (Kind, error) {
 		return k, nil
 	}
 	return 0, Refuse(Code_CODE_UNKNOWN_TYPE, "The type %q is not known here. What an application defines itself is sent as type 'custom'.", clip(name))
+}
+
+// ParseTypes finds the kinds that a filter names, as [ParseType] does for one. of is what filters, as a sentence has it: `The tail`.
+func ParseTypes(of string, names []string) ([]Kind, error) {
+	var kinds []Kind
+	for _, name := range names {
+		k := parseType(name)
+		if k == 0 {
+			return nil, Refuse(Code_CODE_UNKNOWN_TYPE, "%s asks for the type %q, which is no payload's; the payload types, which PROTOCOL.md lists, are %s.", of, clip(name), Words(Kinds()))
+		}
+		kinds = append(kinds, k)
+	}
+	return kinds, nil
+}
+
+// Words are kinds as a sentence names them.
+func Words(kinds []Kind) string {
+	var words []string
+	for _, k := range kinds {
+		words = append(words, k.String())
+	}
+	return strings.Join(words, ", ")
 }
 
 func parseType(name string) Kind {

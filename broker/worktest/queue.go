@@ -549,16 +549,19 @@ func (q *Queue) DeadLetters(_ context.Context, tenant string, in broker.DeadQuer
 // Redrive implements [broker.Queue].
 func (q *Queue) Redrive(_ context.Context, tenant string, may func(string) bool, ids []string) (redriven, before int, err error) {
 	q.mu.Lock()
-	var wakes []func()
+	var letters []*letter
 	for _, id := range ids {
 		i := slices.IndexFunc(q.dead, func(l *letter) bool {
 			return l.tenant == tenant && l.GetId() == id && (may == nil || may(l.GetSession()))
 		})
 		if i < 0 {
-			err = schema.Refuse(schema.Code_CODE_WORK_NOT_FOUND, "There is no dead letter %q.", id)
-			break
+			q.mu.Unlock()
+			return 0, 0, schema.Refuse(schema.Code_CODE_WORK_NOT_FOUND, "There is no dead letter %q, so none of those named was redriven.", id)
 		}
-		l := q.dead[i]
+		letters = append(letters, q.dead[i])
+	}
+	var wakes []func()
+	for _, l := range letters {
 		if l.Redriven != nil {
 			before++
 			continue
@@ -575,7 +578,7 @@ func (q *Queue) Redrive(_ context.Context, tenant string, may func(string) bool,
 	}
 	q.mu.Unlock()
 	all(wakes)
-	return redriven, before, err
+	return redriven, before, nil
 }
 
 // page cuts a listing; a token is how many came before.

@@ -34,7 +34,7 @@ func (c *Client) DeadLetters(ctx context.Context, req *schema.ListDeadLettersReq
 	return res, err
 }
 
-// Redrive hands dead letters to their groups again; before counts those that were redriven already. The error is work_not_found where one is not there, and then others may be redriven.
+// Redrive hands dead letters to their groups again; before counts those that were redriven already. The error is work_not_found where one is not there, and then none was redriven; behind any other error some may be, and asked again, it goes on.
 func (c *Client) Redrive(ctx context.Context, ids []string) (redriven, before int, err error) {
 	res := new(schema.RedriveResponse)
 	err = c.call(ctx, "Redrive", &schema.RedriveRequest{Ids: ids}, res)

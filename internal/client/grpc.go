@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -207,9 +208,26 @@ func refusalOf(err error, trailer metadata.MD) error {
 	case codes.Unimplemented:
 		r.Code = schema.Code_CODE_UNSUPPORTED_PROTOCOL
 	default:
-		return err
+		return &transportError{err, transportWords(s.Message())}
 	}
 	return r
+}
+
+// transportError is what the library says of a connection, in the words of what it was told.
+type transportError struct {
+	error
+	words string
+}
+
+func (e *transportError) Error() string { return e.words }
+func (e *transportError) Unwrap() error { return e.error }
+
+// transportWords strips what the library wraps around what it was told by the network.
+func transportWords(s string) string {
+	if _, cause, dialing := strings.Cut(s, "Error while dialing: "); dialing {
+		return strings.TrimSuffix(cause, `"`)
+	}
+	return s
 }
 
 // frameBytes is a frame as its bytes.

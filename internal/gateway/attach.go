@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -121,12 +122,8 @@ func (c *conn) newAttachment(m *schema.Attach) (*attachment, error) {
 	}
 	a := &attachment{c: c, channel: m.GetChannel(), id: id}
 	a.options = broker.FollowOptions{Epoch: m.GetEpoch(), MustExist: m.GetMustExist(), MergeTokens: m.GetMergeTokens(), Wake: a.turn}
-	for _, t := range m.GetTypes() {
-		k, err := schema.ParseType(t)
-		if err != nil {
-			return nil, err
-		}
-		a.options.Kinds = append(a.options.Kinds, k)
+	if a.options.Kinds, err = schema.ParseTypes("The attach to session "+strconv.Quote(id.Name), m.GetTypes()); err != nil {
+		return nil, err
 	}
 	switch s := m.GetStart().(type) {
 	case *schema.Attach_AfterSeq:

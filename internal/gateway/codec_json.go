@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"regexp"
 	"strconv"
 	"strings"
 
@@ -22,10 +23,27 @@ func (protoJSONCodec) receive(c *conn, msg []byte) error {
 			return nil
 		}
 		return &schema.Refusal{
-			Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The message is not a frame of the protocol in protobuf's JSON form: " + err.Error(), Err: err,
+			Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The message is not a frame of the protocol in protobuf's JSON form: " + jsonTrouble(err), Err: err,
 		}
 	}
 	return c.receive(f, len(msg))
+}
+
+// protoNoise is what protojson puts before what it has to say; what it puts between differs from build to build.
+var protoNoise = regexp.MustCompile(`^proto:[\s\x{a0}]*(?:syntax error )?(?:\(line (\d+):(\d+)\): )?`)
+
+// jsonTrouble is what protojson says of a message, for who wrote it.
+func jsonTrouble(err error) string {
+	text := strings.ToValidUTF8(err.Error(), "?")
+	at := protoNoise.FindStringSubmatch(text)
+	if at == nil {
+		return text
+	}
+	text = text[len(at[0]):]
+	if at[1] != "" {
+		text += ", at line " + at[1] + ", column " + at[2]
+	}
+	return text + "."
 }
 
 // rejectUnknown rejects a publish that is wrong only in that it has keys which this version does not know, a payload's type among them. The connection, and what else it carries, goes on.
@@ -35,7 +53,7 @@ func (c *conn) rejectUnknown(msg []byte, why error) bool {
 		return false
 	}
 	r := &schema.Refusal{
-		Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The publish has a key that the protocol does not know: " + strings.ToValidUTF8(why.Error(), "?"), Err: why,
+		Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The publish has a key that the protocol does not know: " + jsonTrouble(why), Err: why,
 	}
 	for _, e := range f.GetPublish().GetEnvelopes() {
 		if e.GetPayload() == nil {

@@ -2,11 +2,14 @@ package gateway
 
 import (
 	"encoding/json"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/dynamicpb"
 
 	"tidemark/broker"
 	"tidemark/schema"
@@ -58,9 +61,38 @@ func parseControl(msg []byte) (f *schema.ClientFrame, is bool, err error) {
 	}
 	body := f.ProtoReflect().Mutable(field).Message().Interface()
 	if err := protojson.Unmarshal(m["data"], body); err != nil {
-		return nil, true, &schema.Refusal{Code: schema.Code_CODE_INVALID_MESSAGE, Message: "The data of " + kind + " is not as it should be: " + strings.ToValidUTF8(err.Error(), "?"), Err: err}
+		return nil, true, &schema.Refusal{Code: schema.Code_CODE_INVALID_MESSAGE, Message: dataTrouble(kind, data, field.Message(), err), Err: err}
 	}
 	return f, true, nil
+}
+
+// dataTrouble says which field of a frame's data is wrong, and what it must be; what protojson says where it is not one field that is.
+func dataTrouble(kind string, data map[string]json.RawMessage, d protoreflect.MessageDescriptor, err error) string {
+	for _, key := range slices.Sorted(maps.Keys(data)) {
+		one, failed := json.Marshal(map[string]json.RawMessage{key: data[key]})
+		if failed == nil && protojson.Unmarshal(one, dynamicpb.NewMessage(d)) != nil {
+			return "Field '" + key + "' in 'data' of " + kind + " must be " + jsonShape(d.Fields().ByName(protoreflect.Name(key))) + "."
+		}
+	}
+	return "The data of " + kind + " is not as it should be: " + jsonTrouble(err)
+}
+
+// jsonShape says what a field holds in JSON.
+func jsonShape(f protoreflect.FieldDescriptor) string {
+	one, many := "a string", "strings"
+	switch f.Kind() {
+	case protoreflect.BoolKind:
+		one, many = "true or false", "true or false"
+	case protoreflect.Uint32Kind:
+		one, many = "a whole number from 0 to 4294967295", "whole numbers from 0 to 4294967295"
+	case protoreflect.Uint64Kind:
+		one, many = "a whole number, 0 or more", "whole numbers, 0 or more"
+	default:
+	}
+	if f.IsList() {
+		return "an array of " + many
+	}
+	return one
 }
 
 // The data of control frames for workers.

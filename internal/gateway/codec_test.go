@@ -189,7 +189,7 @@ func TestProtoJSON(t *testing.T) {
 			t.Errorf("got %v", r)
 		}
 		p.sendRaw([]byte(`{"attach":{"channel":2,"session":"s","nonsense":1}}`))
-		if e := next().GetError(); e.GetCode() != schema.Code_CODE_INVALID_MESSAGE || e.GetChannel() != 0 || !strings.Contains(e.GetMessage(), "nonsense") {
+		if e := next().GetError(); e.GetCode() != schema.Code_CODE_INVALID_MESSAGE || e.GetChannel() != 0 || !strings.HasSuffix(e.GetMessage(), `JSON form: unknown field "nonsense", at line 1, column 38.`) {
 			t.Errorf("got %v", e)
 		}
 		p.wantClosed(schema.Code_CODE_INVALID_MESSAGE, "nonsense")

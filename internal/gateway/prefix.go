@@ -10,8 +10,12 @@ func AuthorizePrefix(p *auth.Principal, v Verb, prefix string) error {
 	if rights[p.Role].verbs&v == 0 {
 		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "The role %s may not %s; use a token with another role.", auth.RoleWord(p.Role), v)
 	}
-	if !p.Covers(prefix + "*") {
-		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "The token does not give access to all sessions that begin with %q; use one whose claim 'sessions' has %q, or a longer prefix.", prefix, prefix+"*")
+	switch {
+	case p.Covers(prefix + "*"):
+		return nil
+	case prefix == "":
+		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "The token does not give access to all sessions; use one whose claim 'sessions' has \"*\", or name a prefix.")
+	default:
+		return schema.Refuse(schema.Code_CODE_FORBIDDEN, "The token does not give access to all sessions that begin with %q; use one whose claim 'sessions' has %q, or a shorter prefix.", prefix, prefix+"*")
 	}
-	return nil
 }

@@ -163,6 +163,26 @@ func TestRights(t *testing.T) {
 	}
 }
 
+// TestAuthorizePrefix: what a refusal advises is what helps.
+func TestAuthorizePrefix(t *testing.T) {
+	for _, tt := range []struct {
+		claim, prefix, says string
+	}{
+		{"ab*", "ab", ""},
+		{"ab*", "abc", ""},
+		{"a*", "ab", ""},
+		{"*", "", ""},
+		{"abc*", "ab", `has "ab*", or a shorter prefix`},
+		{"ab", "ab", `has "ab*", or a shorter prefix`},
+		{"a*", "", `has "*", or name a prefix`},
+	} {
+		err := AuthorizePrefix(principal("analyst", tt.claim), Follow, tt.prefix)
+		if (err == nil) != (tt.says == "") || err != nil && !strings.Contains(err.Error(), tt.says) {
+			t.Errorf("all that begins with %q for %q: %v", tt.prefix, tt.claim, err)
+		}
+	}
+}
+
 // TestAuthorize compares what is decided with PROTOCOL.md, for every role, verb and type.
 func TestAuthorize(t *testing.T) {
 	byVerb, byType := rightsInProtocol(t)

@@ -30,6 +30,9 @@ func (c *conn) acked(m *schema.WorkAck) error {
 
 // nacked handles a [schema.WorkNack].
 func (c *conn) nacked(m *schema.WorkNack) {
+	if !c.named("nack", m.GetWorkId()) {
+		return
+	}
 	var delay *time.Duration
 	if m.DelayMs != nil {
 		if m.GetDelayMs() > schema.MaxBackoffMs {
@@ -59,7 +62,7 @@ func (c *conn) inProgress(m *schema.WorkInProgress) error {
 
 // termed handles a [schema.WorkTerm].
 func (c *conn) termed(m *schema.WorkTerm) {
-	if c.shortReason("term", m.GetWorkId(), m.GetReason()) {
+	if c.named("term", m.GetWorkId()) && c.shortReason("term", m.GetWorkId(), m.GetReason()) {
 		c.settle(answerTerm, m.GetWorkId(), func(t broker.Taker) bool { return t.Term(m.GetWorkId(), m.GetReason()) })
 	}
 }
@@ -70,9 +73,19 @@ func (c *conn) eachItem(what string, ids []uint64, do func(id uint64)) error {
 		return schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The %s names %d items; at most %d are allowed.", what, len(ids), schema.MaxWorkCredit)
 	}
 	for _, id := range ids {
-		do(id)
+		if c.named(what, id) {
+			do(id)
+		}
 	}
 	return nil
+}
+
+// named refuses an answer that is about no item; false where it did.
+func (c *conn) named(what string, id uint64) bool {
+	if id == 0 {
+		c.refuseAnswer(0, schema.Refuse(schema.Code_CODE_INVALID_MESSAGE, "The %s names no item: a work_id is missing, or 0. Name items by the work_id that they were handed out with.", what))
+	}
+	return id != 0
 }
 
 // shortReason refuses an answer that says too much; false where it did.
@@ -98,7 +111,7 @@ func (c *conn) settle(what workAnswer, id uint64, say func(broker.Taker) bool) {
 	}
 	c.g.metrics.answers[answerLost].Inc()
 	c.letRun(id)
-	c.refuseAnswer(id, schema.Refuse(schema.Code_CODE_WORK_LOST, "The item %d is not in this connection's hands: it was settled, or its deadline passed and others have it. What was done for it may be done again.", id))
+	c.refuseAnswer(id, schema.Refuse(schema.Code_CODE_WORK_LOST, "The item %d is not in this connection's hands: it was settled, its deadline passed and others have it, or this connection was never handed it. What was done for it may be done again.", id))
 }
 
 // refuseAnswer says that an answer was not taken. The connection goes on.

@@ -151,7 +151,7 @@ func (s *subscription) settings(m *schema.WorkSubscribe) error {
 	for _, word := range m.GetKinds() {
 		k, err := schema.ParseType(word)
 		if err != nil {
-			return err
+			return schema.Refuse(schema.Code_CODE_UNKNOWN_TYPE, "Group %q asks for the kind %q, which is none that makes work; those are %s.", o.Group, word, schema.Words(schema.WorkKinds()))
 		}
 		if !slices.Contains(o.Kinds, k) {
 			o.Kinds = append(o.Kinds, k)

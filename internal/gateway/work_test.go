@@ -177,7 +177,7 @@ func TestWork(t *testing.T) {
 				p.wantRefused(got[0].GetWorkId(), schema.Code_CODE_WORK_LOST, "not in this connection's hands")
 				p.wantRefused(12345, schema.Code_CODE_WORK_LOST, "12345")
 				p.term(&schema.WorkTerm{WorkId: 1 << 40})
-				p.wantRefused(1<<40, schema.Code_CODE_WORK_LOST, "")
+				p.wantRefused(1<<40, schema.Code_CODE_WORK_LOST, "never handed it")
 				w.wantSaid(q, "ack 4")
 
 				// A cancel reaches the item in hand; what waits is handed out as cancelled.
@@ -326,7 +326,7 @@ func TestWorkRefused(t *testing.T) {
 			says string
 		}{
 			{&schema.WorkSubscribe{Group: long}, schema.Code_CODE_INVALID_MESSAGE, "201 bytes"},
-			{&schema.WorkSubscribe{Kinds: []string{"nonsense"}}, schema.Code_CODE_UNKNOWN_TYPE, "nonsense"},
+			{&schema.WorkSubscribe{Kinds: []string{"nonsense"}}, schema.Code_CODE_UNKNOWN_TYPE, `Group "tools" asks for the kind "nonsense", which is none that makes work; those are tool_call, start_run, `},
 			{&schema.WorkSubscribe{Kinds: []string{"token"}}, schema.Code_CODE_INVALID_MESSAGE, "'token', which makes no work"},
 			{&schema.WorkSubscribe{Sessions: slices.Repeat([]string{"s"}, 33)}, schema.Code_CODE_INVALID_MESSAGE, "33 sessions"},
 			{&schema.WorkSubscribe{Sessions: []string{""}}, schema.Code_CODE_INVALID_MESSAGE, "empty"},

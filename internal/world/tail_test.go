@@ -180,6 +180,10 @@ func TestTail_Refusals(t *testing.T) {
 		}
 		ok := w.Tail(w.Edge(0), w.Token(schema.Role_ROLE_ANALYST, "chat-*"), &schema.TailOpen{Group: "g", SessionPrefix: "chat-1"}, nil)
 		w.Until("a longer prefix is", func() bool { return len(ok.Partitions()) == 2 })
+		w.must(ok.Ack(2, 1))
+		if end := ok.Ended(); end.Code != schema.Code_CODE_INVALID_MESSAGE {
+			t.Errorf("an acknowledgement of a partition that is not there: %s", end)
+		}
 	})
 }
 

@@ -107,7 +107,7 @@ type SessionServiceClient interface {
 	ListWork(context.Context, *schema.ListWorkRequest) (*schema.ListWorkResponse, error)
 	// Lists dead letters, the oldest first.
 	ListDeadLetters(context.Context, *schema.ListDeadLettersRequest) (*schema.ListDeadLettersResponse, error)
-	// Hands dead letters to their groups again. Asked twice, it does so once.
+	// Hands dead letters to their groups again. Asked twice, it does so once. Where one of them is not there it is refused with work_not_found, and none was handed out again.
 	Redrive(context.Context, *schema.RedriveRequest) (*schema.RedriveResponse, error)
 	// Reads all sessions that the token may read, as a member of a durable group that shares the load.
 	Tail(context.Context) (*connect.BidiStreamForClientSimple[schema.TailRequest, schema.TailResponse], error)
@@ -397,7 +397,7 @@ type SessionServiceHandler interface {
 	ListWork(context.Context, *schema.ListWorkRequest) (*schema.ListWorkResponse, error)
 	// Lists dead letters, the oldest first.
 	ListDeadLetters(context.Context, *schema.ListDeadLettersRequest) (*schema.ListDeadLettersResponse, error)
-	// Hands dead letters to their groups again. Asked twice, it does so once.
+	// Hands dead letters to their groups again. Asked twice, it does so once. Where one of them is not there it is refused with work_not_found, and none was handed out again.
 	Redrive(context.Context, *schema.RedriveRequest) (*schema.RedriveResponse, error)
 	// Reads all sessions that the token may read, as a member of a durable group that shares the load.
 	Tail(context.Context, *connect.BidiStream[schema.TailRequest, schema.TailResponse]) error
