@@ -101,7 +101,7 @@ func (l *lifecycle) decideLate(id schema.SessionID, e *schema.Accepted) *schema.
 	default:
 	}
 	s := saidIn(e).scan()
-	if !attends(s.Role()) {
+	if !attends(s.Role(), e.Kind, e.Payload) {
 		return nil
 	}
 	if request := string(s.RequestID); request != "" && l.isCancelled(request, request) {

@@ -50,7 +50,7 @@ type runFacts struct {
 	request string
 	// orphanAfter is how long the run may be without its agent; 0: as the deployment has it.
 	orphanAfter time.Duration
-	// attended: an agent or a worker has said something since it began.
+	// attended: an agent or a worker has said something since it began; see [attends].
 	attended bool
 }
 
@@ -69,8 +69,22 @@ func (e said) scan() schema.Scanned {
 	return s
 }
 
-// attends reports whether who has this role does a run's work.
-func attends(r schema.Role) bool { return r == schema.Role_ROLE_AGENT || r == schema.Role_ROLE_WORKER }
+// attends reports whether an envelope is a word of who does a run's work: an agent's or a worker's always; an admin's where it is none that a person, or an operator, sends as well. The backend of a desktop application has an
+// admin's token, and so has its UI.
+func attends(r schema.Role, kind schema.Kind, payload []byte) bool {
+	if r != schema.Role_ROLE_ADMIN {
+		return r == schema.Role_ROLE_AGENT || r == schema.Role_ROLE_WORKER
+	}
+	switch kind {
+	case schema.KindUserMessage, schema.KindUserInput, schema.KindCancel, schema.KindCustom, schema.KindSystem:
+		return false
+	case schema.KindRunStatus:
+		var m schema.RunStatus
+		return proto.Unmarshal(payload, &m) == nil && !schema.Ended(m.GetStatus())
+	default:
+		return true
+	}
+}
 
 // take lets a publish's envelopes come one behind the other, the first behind head, and returns where the session stands then; or why one of them may not come, and nothing has. kind is what the session becomes
 // where they are its first. own are the envelopes that Tidemark itself puts right behind them, in the same frame: the ends of runs that they cancel, or that had been cancelled and are started by them.
@@ -239,7 +253,7 @@ func (l *lifecycle) fold(seq uint64, e said) {
 	}
 	if l.under() && !l.about.attended {
 		s := e.scan()
-		l.about.attended = attends(s.Role())
+		l.about.attended = attends(s.Role(), e.kind, e.payload)
 	}
 }
 

@@ -215,6 +215,8 @@ func envelopeOf(t testing.TB, command string) *schema.Envelope {
 		e.Payload = &schema.Envelope_UserMessage{UserMessage: &schema.UserMessage{Message: "x"}}
 	case "progress":
 		e.Payload = &schema.Envelope_WorkflowProgress{WorkflowProgress: &schema.WorkflowProgress{Step: "s", Message: "x"}}
+	case "custom":
+		e.Payload = &schema.Envelope_Custom{Custom: &schema.Custom{Type: "x", Data: []byte("x")}}
 	case "system":
 		e.Payload = &schema.Envelope_System{System: &schema.System{Message: "x"}}
 	default:
@@ -338,7 +340,7 @@ func someWords(rt *rapid.T) string {
 	if command == "status" {
 		command = strings.TrimRight("status "+status.Draw(rt, "status")+" "+run.Draw(rt, "run"), " ")
 	}
-	return rapid.SampledFrom([]string{"", "", "as agent ", "as agent ", "as worker ", "as user ", "as system "}).Draw(rt, "role") + rapid.SampledFrom([]string{"", "", "for p ", "for q "}).Draw(rt, "request") + command
+	return rapid.SampledFrom([]string{"", "", "as agent ", "as agent ", "as worker ", "as admin ", "as user ", "as system "}).Draw(rt, "role") + rapid.SampledFrom([]string{"", "", "for p ", "for q "}).Draw(rt, "request") + command
 }
 
 // Whatever is tried, what is taken never leads to a state that cannot be; what has ended stays as it is; and an edge that takes the session over from a page, anywhere on the way, decides as the one that was there all the time.

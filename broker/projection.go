@@ -241,7 +241,7 @@ func (s *state) project(f *frame, v View, folded func(seq uint64, e schema.Scann
 		if err != nil {
 			return heard, badFrame(err)
 		}
-		heard = heard || attends(e.Role())
+		heard = heard || attends(e.Role(), e.Kind, e.Payload)
 		s.foldPayload(seq, said{e.Kind, e.Payload, raw}, e.Producer)
 		folded(seq, e, raw)
 	}

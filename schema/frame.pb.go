@@ -368,7 +368,7 @@ type SessionState struct {
 	PromptDefaultJson string                 `protobuf:"bytes,16,opt,name=prompt_default_json,json=promptDefaultJson,proto3" json:"prompt_default_json,omitempty"`
 	// How long the run under way may be without its agent, in milliseconds; 0: as the deployment has it.
 	OrphanAfterMs uint64 `protobuf:"varint,17,opt,name=orphan_after_ms,json=orphanAfterMs,proto3" json:"orphan_after_ms,omitempty"`
-	// An agent or a worker has had to do with the run under way.
+	// An agent or a worker, or an admin as one, has had to do with the run under way.
 	RunAttended bool `protobuf:"varint,18,opt,name=run_attended,json=runAttended,proto3" json:"run_attended,omitempty"`
 	// The request_id of the start_run of the run under way; empty where it had none.
 	RunRequestId string `protobuf:"bytes,19,opt,name=run_request_id,json=runRequestId,proto3" json:"run_request_id,omitempty"`

@@ -3238,7 +3238,7 @@ func (x *WorkCancelled) GetReason() string {
 	return ""
 }
 
-// Heartbeat says that this connection keeps a run alive. It lasts as long as the connection, and need not be repeated on it. Who publishes start_run or run_status as an agent or a worker, and who holds a
+// Heartbeat says that this connection keeps a run alive. It lasts as long as the connection, and need not be repeated on it. Who publishes start_run or run_status as an agent, a worker or an admin, and who holds a
 // start_run as work, keeps the run without saying so.
 type Heartbeat struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
