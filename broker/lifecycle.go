@@ -37,9 +37,11 @@ type lifecycle struct {
 	fallback string
 	// about is what else is known of the run under way.
 	about runFacts
-	// cancelled is what was cancelled last, oldest first, and answered are the tool calls that were, by their hashes. Never changed in place.
+	// cancelled is what was cancelled last, oldest first. Never changed in place.
 	cancelled []target
-	answered  []uint64
+	// calls are the tool calls, in the order in which something became of them, and answered those that were answered though the session does not know them, by their hashes. Never changed in place.
+	calls    []call
+	answered []uint64
 	// metadata is a JSON object, as given when the session was created; empty for none.
 	metadata string
 }
@@ -132,7 +134,7 @@ func (l *lifecycle) take(id schema.SessionID, kind schema.SessionKind, head uint
 // moves reports whether an envelope of this kind may move a session that has begun and not ended, or is remembered. The others need no decision, and no decoding.
 func moves(kind schema.Kind) bool {
 	switch kind {
-	case schema.KindSessionCreated, schema.KindStartRun, schema.KindRunStatus, schema.KindWaitingForInput, schema.KindUserInput, schema.KindError, schema.KindToolResult, schema.KindCancel:
+	case schema.KindSessionCreated, schema.KindStartRun, schema.KindRunStatus, schema.KindWaitingForInput, schema.KindUserInput, schema.KindError, schema.KindToolCall, schema.KindToolResult, schema.KindCancel:
 		return true
 	default:
 		return false
@@ -184,13 +186,9 @@ func (l *lifecycle) decide(id schema.SessionID, e *schema.Accepted) *schema.Refu
 	case schema.KindRunStatus:
 		return l.decideStatus(id, e)
 	case schema.KindToolResult:
-		var m schema.ToolResult
-		if proto.Unmarshal(payload, &m) != nil {
-			return nil
-		}
-		if s := saidIn(e).scan(); l.wasAnswered(s.RequestID, m.GetCallId()) {
-			return schema.Refuse(schema.Code_CODE_ALREADY_ANSWERED, "The tool call %q in session %s has its result already; a call has one, and the first counts.", m.GetCallId(), id)
-		}
+		return l.decideResult(id, e)
+	case schema.KindToolCall:
+		return l.decideCall(id, e)
 	case schema.KindUserInput:
 		return l.decideInput(id, e)
 	default:
@@ -296,8 +294,12 @@ func (l *lifecycle) move(seq uint64, first bool, e said) {
 	case schema.KindToolResult:
 		var m schema.ToolResult
 		if proto.Unmarshal(e.payload, &m) == nil {
-			s := e.scan()
-			l.answer(s.RequestID, m.GetCallId())
+			l.foldResult(e, &m)
+		}
+	case schema.KindToolCall:
+		var m schema.ToolCall
+		if proto.Unmarshal(e.payload, &m) == nil {
+			l.foldCall(e, &m)
 		}
 	case schema.KindCancel:
 		var m schema.Cancel

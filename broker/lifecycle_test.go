@@ -136,8 +136,19 @@ func (l *life) String() string {
 	for i, c := range s.cancelled {
 		out.WriteString([...]string{", cancelled ", " "}[min(i, 1)] + c.run + "/" + c.request)
 	}
+	for _, fate := range []schema.CallFate{schema.CallFate_CALL_FATE_OPEN, schema.CallFate_CALL_FATE_ANSWERED, schema.CallFate_CALL_FATE_CANCELLED} {
+		n := 0
+		for _, c := range s.calls {
+			if c.fate == fate {
+				n++
+			}
+		}
+		if n > 0 {
+			fmt.Fprintf(&out, ", calls %d %s", n, strings.ToLower(strings.TrimPrefix(fate.String(), "CALL_FATE_")))
+		}
+	}
 	if n := len(s.answered); n > 0 {
-		fmt.Fprintf(&out, ", %d answered", n)
+		fmt.Fprintf(&out, ", %d results of none", n)
 	}
 	return out.String()
 }
@@ -192,6 +203,8 @@ func envelopeOf(t testing.TB, command string) *schema.Envelope {
 		}}
 	case "call":
 		e.Payload = &schema.Envelope_ToolCall{ToolCall: &schema.ToolCall{CallId: word(0), Name: "x"}}
+	case "more":
+		e.Payload = &schema.Envelope_ToolCall{ToolCall: &schema.ToolCall{CallId: word(0), ArgumentsDelta: "{"}}
 	case "result":
 		e.Payload = &schema.Envelope_ToolResult{ToolResult: &schema.ToolResult{CallId: word(0)}}
 	case "answer":
@@ -321,8 +334,8 @@ func (l lifecycle) possible(head uint64) error {
 		return fmt.Errorf("question %d has the deadline %s and the default answer %q", l.prompt, l.deadline, l.fallback)
 	case !l.under() && l.about != (runFacts{}):
 		return fmt.Errorf("no run is under way, but of it is known %+v", l.about)
-	case len(l.cancelled) > maxCancelled || len(l.answered) > maxAnswered:
-		return fmt.Errorf("%d cancelled targets and %d answered calls are remembered", len(l.cancelled), len(l.answered))
+	case len(l.cancelled) > maxCancelled || len(l.answered) > maxAnswered || len(l.calls) > maxOpenCalls+maxSettledCalls:
+		return fmt.Errorf("%d cancelled targets, %d calls and %d answered ones are remembered", len(l.cancelled), len(l.calls), len(l.answered))
 	case l.status == schema.Status_STATUS_OPEN && l.kind == schema.SessionKind_SESSION_KIND_CHAT && l.run != "":
 		return fmt.Errorf("an open chat has the run %s", l.run)
 	}
@@ -335,7 +348,7 @@ func someWords(rt *rapid.T) string {
 	run := rapid.SampledFrom([]string{"", "r", "s"})
 	command := rapid.SampledFrom([]string{
 		"created", "created chat", "created workflow", "start r", "start s", "status", "status", "status", "ask", "ask yes no", "ask no", "answer 1", `answer "yes"`, `answer "no"`, "to 1 answer 1", "to 2 answer 1", `to 3 answer "yes"`, "error recoverable",
-		"error final", "cancel", "cancel run r", "cancel run s", "cancel request p", "cancel request q", "token", "message", "progress", "system", "prompt yes no", "start r 5000", "call c", "result c", "result d",
+		"error final", "cancel", "cancel run r", "cancel run s", "cancel request p", "cancel request q", "token", "message", "progress", "system", "prompt yes no", "start r 5000", "call c", "call c", "call d", "more c", "result c", "result c", "result d",
 	}).Draw(rt, "command")
 	if command == "status" {
 		command = strings.TrimRight("status "+status.Draw(rt, "status")+" "+run.Draw(rt, "run"), " ")

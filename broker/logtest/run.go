@@ -104,6 +104,8 @@ func cases() []testCase {
 		{"I10_CancelEndsTheRun", testCancelEndsTheRun},
 		{"I10_CancelBeforeTheRun", testCancelBeforeTheRun},
 		{"AnsweredOnce", testAnsweredOnce},
+		{"CallsNamedAnew", testCallsNamedAnew},
+		{"I10_CancelledCalls", testCancelledCalls},
 		{"SessionsListed", testSessionsListed},
 		{"SessionsPaged", testSessionsPaged},
 		{"DeleteEndsTheHistory", testDeleteEndsTheHistory},

@@ -12,7 +12,7 @@ import (
 // Call asks for a tool through a session, and waits for its result until ctx ends: it publishes the call with a request_id of its own and follows the session from there, over lost connections and edges.
 // However often it has to send again, there is one call. A call without a call_id gets one; call stays the caller's.
 //
-// The result may say that the tool failed, which is no error of Call's. The error is a [*schema.Refusal]: cancelled where the request was cancelled, otherwise why the call was not stored or the session
+// The result may say that the tool failed, which is no error of Call's. The error is a [*schema.Refusal]: cancelled where the request was cancelled, or the run in which it called, otherwise why the call was not stored or the session
 // cannot be followed; or the context's, and then the result may still come.
 func (c *Client) Call(ctx context.Context, session string, call *schema.ToolCall) (*schema.ToolResult, error) {
 	request := ulid.Make().String()
@@ -25,10 +25,13 @@ func (c *Client) Call(ctx context.Context, session string, call *schema.ToolCall
 		return nil, err
 	}
 	f := c.Follow(FollowOptions{
-		Session: session, After: at.First, Epoch: at.Epoch, Types: []string{schema.KindToolResult.String(), schema.KindCancel.String()},
+		Session: session, After: at.First, Epoch: at.Epoch, Types: []string{
+			schema.KindToolResult.String(), schema.KindCancel.String(), schema.KindStartRun.String(), schema.KindRunStatus.String(),
+		},
 	})
 	defer f.Close()
-	for {
+	// another: the run in which it was called may not be the one under way any more.
+	for another := false; ; {
 		ev, err := f.Next(ctx)
 		if err != nil {
 			return nil, err
@@ -40,6 +43,10 @@ func (c *Client) Call(ctx context.Context, session string, call *schema.ToolCall
 		if gone := e.GetCancel(); gone != nil && (gone.GetSession() || gone.GetRequestId() == request) {
 			return nil, cancelledCall(session, call.GetCallId(), e.GetSeq(), gone.GetReason())
 		}
+		if s := e.GetRunStatus(); s.GetStatus() == schema.Status_STATUS_CANCELLED && e.GetSource().GetRole() == schema.Role_ROLE_SYSTEM && !another {
+			return nil, cancelledCall(session, call.GetCallId(), e.GetReplyTo(), s.GetReason())
+		}
+		another = another || e.GetStartRun() != nil || schema.Ended(e.GetRunStatus().GetStatus())
 	}
 }
 
