@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -23,6 +24,7 @@ import (
 //  4. What has ended does not change.
 //  5. Only an open question has a deadline, and then a default answer.
 //  6. Nothing is known about a run where none is under way.
+//  7. A run under way has not ended. Only an open chat had its last run ended by Tidemark.
 type lifecycle struct {
 	kind   schema.SessionKind
 	status schema.Status
@@ -42,6 +44,10 @@ type lifecycle struct {
 	// calls are the tool calls, in the order in which something became of them, and answered those that were answered though the session does not know them, by their hashes. Never changed in place.
 	calls    []call
 	answered []uint64
+	// ended are the runs of a chat that ended last, oldest first. Never changed in place.
+	ended []endedRun
+	// overruled is the last run of a chat where Tidemark ended it and its agent did not, until another begins.
+	overruled endedRun
 	// metadata is a JSON object, as given when the session was created; empty for none.
 	metadata string
 }
@@ -197,25 +203,6 @@ func (l *lifecycle) decide(id schema.SessionID, e *schema.Accepted) *schema.Refu
 	return nil
 }
 
-// decideStatus says why nothing like that is to be said of a run. Tidemark's own verdict is about a run that is under way, or comes too late: whoever gave it may have been frozen meanwhile.
-func (l *lifecycle) decideStatus(id schema.SessionID, e *schema.Accepted) *schema.Refusal {
-	var m schema.RunStatus
-	if proto.Unmarshal(e.Payload, &m) != nil {
-		return nil
-	}
-	if m.GetStatus() == schema.Status_STATUS_OPEN {
-		return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION,
-			"A run of session %s cannot be open: it is running, waiting_for_input, completed, failed or cancelled; a chat is open when its run has ended.", id)
-	}
-	if !schema.Ended(m.GetStatus()) || l.under() && m.GetRunId() == l.run {
-		return nil
-	}
-	if s := saidIn(e).scan(); s.Role() == schema.Role_ROLE_SYSTEM {
-		return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION, "The run %q of session %s is not under way any more; there is nothing to end.", m.GetRunId(), id)
-	}
-	return nil
-}
-
 // decideInput says why the open question does not take an answer. An answer that names what it replies to is for that question alone: whoever gave it may not have seen the one that is open now.
 func (l *lifecycle) decideInput(id schema.SessionID, e *schema.Accepted) *schema.Refusal {
 	if l.prompt == 0 {
@@ -272,7 +259,8 @@ func (l *lifecycle) move(seq uint64, first bool, e said) {
 	case schema.KindRunStatus:
 		var m schema.RunStatus
 		if proto.Unmarshal(e.payload, &m) == nil {
-			l.foldStatus(seq, m.GetRunId(), m.GetStatus())
+			s := e.scan()
+			l.foldStatus(seq, m.GetRunId(), m.GetStatus(), s.Role())
 		}
 	case schema.KindWaitingForInput:
 		var m schema.WaitingForInput
@@ -289,6 +277,7 @@ func (l *lifecycle) move(seq uint64, first bool, e said) {
 	case schema.KindError:
 		var m schema.Error
 		if proto.Unmarshal(e.payload, &m) == nil && m.Recoverable != nil && !m.GetRecoverable() && (l.under() || l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW) {
+			l.rememberEnd(endedRun{run: l.run, status: schema.Status_STATUS_FAILED, byError: true})
 			l.end(schema.Status_STATUS_FAILED)
 		}
 	case schema.KindToolResult:
@@ -324,6 +313,7 @@ func (l *lifecycle) start(run, request string, orphanAfter time.Duration) {
 	if cancelled && !under && l.under() && l.run != "" {
 		return
 	}
+	l.forgetEnd(run)
 	if l.run = run; !under {
 		l.stand(schema.Status_STATUS_RUNNING)
 		l.about = runFacts{}
@@ -338,7 +328,10 @@ func (l *lifecycle) start(run, request string, orphanAfter time.Duration) {
 
 // foldStatus takes in what is said of a run. What is said of another run than the one under way does not move the session. Where the run under way has no name yet, or none is under way, a name that comes with
 // the word that it runs, or waits, is its own.
-func (l *lifecycle) foldStatus(seq uint64, run string, to schema.Status) {
+func (l *lifecycle) foldStatus(seq uint64, run string, to schema.Status, by schema.Role) {
+	if schema.Ended(to) {
+		l.rememberEnd(endedRun{run: cmp.Or(run, l.run), status: to})
+	}
 	if run != "" && l.run != "" && run != l.run {
 		return
 	}
@@ -350,7 +343,10 @@ func (l *lifecycle) foldStatus(seq uint64, run string, to schema.Status) {
 	case !schema.Ended(to):
 		return
 	case l.under(), l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW:
-		l.end(to)
+		last := endedRun{run: cmp.Or(run, l.run), status: to}
+		if l.end(to); by == schema.Role_ROLE_SYSTEM && l.status == schema.Status_STATUS_OPEN {
+			l.overruled = last
+		}
 	case run == "":
 		// A chat with no run under way: this closes it.
 		l.stand(to)
@@ -373,6 +369,7 @@ func (l *lifecycle) ask(seq uint64, options []string) {
 func (l *lifecycle) stand(status schema.Status) {
 	l.status, l.prompt, l.options = status, 0, nil
 	l.deadline, l.fallback = time.Time{}, ""
+	l.overruled = endedRun{}
 }
 
 // end ends the run, and a workflow with it. A chat is open again.

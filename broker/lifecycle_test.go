@@ -136,6 +136,12 @@ func (l *life) String() string {
 	for i, c := range s.cancelled {
 		out.WriteString([...]string{", cancelled ", " "}[min(i, 1)] + c.run + "/" + c.request)
 	}
+	for i, r := range s.ended {
+		out.WriteString([...]string{", ended ", " "}[min(i, 1)] + r.run + ":" + schema.StatusWord(r.status))
+	}
+	if s.overruled != (endedRun{}) {
+		out.WriteString(", overruled")
+	}
 	for _, fate := range []schema.CallFate{schema.CallFate_CALL_FATE_OPEN, schema.CallFate_CALL_FATE_ANSWERED, schema.CallFate_CALL_FATE_CANCELLED} {
 		n := 0
 		for _, c := range s.calls {
@@ -336,6 +342,10 @@ func (l lifecycle) possible(head uint64) error {
 		return fmt.Errorf("no run is under way, but of it is known %+v", l.about)
 	case len(l.cancelled) > maxCancelled || len(l.answered) > maxAnswered || len(l.calls) > maxOpenCalls+maxSettledCalls:
 		return fmt.Errorf("%d cancelled targets, %d calls and %d answered ones are remembered", len(l.cancelled), len(l.calls), len(l.answered))
+	case len(l.ended) > maxEnded, l.under() && l.endOf(l.run) >= 0:
+		return fmt.Errorf("in run %s, %d runs are remembered to have ended: %v", l.run, len(l.ended), l.ended)
+	case l.overruled != (endedRun{}) && (l.status != schema.Status_STATUS_OPEN || l.kind != schema.SessionKind_SESSION_KIND_CHAT):
+		return fmt.Errorf("%s of kind %s, its run was ended by Tidemark: %v", l.status, l.kind, l.overruled)
 	case l.status == schema.Status_STATUS_OPEN && l.kind == schema.SessionKind_SESSION_KIND_CHAT && l.run != "":
 		return fmt.Errorf("an open chat has the run %s", l.run)
 	}

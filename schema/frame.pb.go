@@ -431,7 +431,11 @@ type SessionState struct {
 	// The tool calls that were answered last, oldest first: hashes of request_id and call_id. Of calls that the session does not know, by their results alone.
 	AnsweredCalls []uint64 `protobuf:"fixed64,21,rep,packed,name=answered_calls,json=answeredCalls,proto3" json:"answered_calls,omitempty"`
 	// The tool calls that are known, in the order in which something became of them.
-	Calls         []*RememberedCall `protobuf:"bytes,22,rep,name=calls,proto3" json:"calls,omitempty"`
+	Calls []*RememberedCall `protobuf:"bytes,22,rep,name=calls,proto3" json:"calls,omitempty"`
+	// The runs of a chat that ended last, oldest first.
+	EndedRuns []*EndedRun `protobuf:"bytes,23,rep,name=ended_runs,json=endedRuns,proto3" json:"ended_runs,omitempty"`
+	// The last run of a chat where the server ended it and its agent did not, until another begins.
+	Overruled     *EndedRun `protobuf:"bytes,24,opt,name=overruled,proto3" json:"overruled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -620,6 +624,82 @@ func (x *SessionState) GetCalls() []*RememberedCall {
 	return nil
 }
 
+func (x *SessionState) GetEndedRuns() []*EndedRun {
+	if x != nil {
+		return x.EndedRuns
+	}
+	return nil
+}
+
+func (x *SessionState) GetOverruled() *EndedRun {
+	if x != nil {
+		return x.Overruled
+	}
+	return nil
+}
+
+// EndedRun is a run that has ended, and how.
+type EndedRun struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	RunId  string                 `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	Status Status                 `protobuf:"varint,2,opt,name=status,proto3,enum=tidemark.v1.Status" json:"status,omitempty"`
+	// An error that is not recoverable ended it; a run_status may still say that it failed.
+	ByError       bool `protobuf:"varint,3,opt,name=by_error,json=byError,proto3" json:"by_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndedRun) Reset() {
+	*x = EndedRun{}
+	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndedRun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndedRun) ProtoMessage() {}
+
+func (x *EndedRun) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndedRun.ProtoReflect.Descriptor instead.
+func (*EndedRun) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *EndedRun) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+func (x *EndedRun) GetStatus() Status {
+	if x != nil {
+		return x.Status
+	}
+	return Status_STATUS_UNSPECIFIED
+}
+
+func (x *EndedRun) GetByError() bool {
+	if x != nil {
+		return x.ByError
+	}
+	return false
+}
+
 // RememberedCall is a tool call. Names are hashes: the first 8 bytes of their SHA-256, big-endian; 0 for none.
 type RememberedCall struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -638,7 +718,7 @@ type RememberedCall struct {
 
 func (x *RememberedCall) Reset() {
 	*x = RememberedCall{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -650,7 +730,7 @@ func (x *RememberedCall) String() string {
 func (*RememberedCall) ProtoMessage() {}
 
 func (x *RememberedCall) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -663,7 +743,7 @@ func (x *RememberedCall) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RememberedCall.ProtoReflect.Descriptor instead.
 func (*RememberedCall) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{3}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RememberedCall) GetCall() uint64 {
@@ -712,7 +792,7 @@ type CancelledTarget struct {
 
 func (x *CancelledTarget) Reset() {
 	*x = CancelledTarget{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -724,7 +804,7 @@ func (x *CancelledTarget) String() string {
 func (*CancelledTarget) ProtoMessage() {}
 
 func (x *CancelledTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -737,7 +817,7 @@ func (x *CancelledTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelledTarget.ProtoReflect.Descriptor instead.
 func (*CancelledTarget) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{4}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CancelledTarget) GetRequestId() string {
@@ -782,7 +862,7 @@ type WorkItem struct {
 
 func (x *WorkItem) Reset() {
 	*x = WorkItem{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +874,7 @@ func (x *WorkItem) String() string {
 func (*WorkItem) ProtoMessage() {}
 
 func (x *WorkItem) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +887,7 @@ func (x *WorkItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkItem.ProtoReflect.Descriptor instead.
 func (*WorkItem) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{5}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *WorkItem) GetTenant() string {
@@ -907,7 +987,7 @@ type WorkBefore struct {
 
 func (x *WorkBefore) Reset() {
 	*x = WorkBefore{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -919,7 +999,7 @@ func (x *WorkBefore) String() string {
 func (*WorkBefore) ProtoMessage() {}
 
 func (x *WorkBefore) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -932,7 +1012,7 @@ func (x *WorkBefore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkBefore.ProtoReflect.Descriptor instead.
 func (*WorkBefore) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{6}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *WorkBefore) GetKind() uint32 {
@@ -969,7 +1049,7 @@ type DeadRecord struct {
 
 func (x *DeadRecord) Reset() {
 	*x = DeadRecord{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -981,7 +1061,7 @@ func (x *DeadRecord) String() string {
 func (*DeadRecord) ProtoMessage() {}
 
 func (x *DeadRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -994,7 +1074,7 @@ func (x *DeadRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeadRecord.ProtoReflect.Descriptor instead.
 func (*DeadRecord) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{7}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DeadRecord) GetGroup() string {
@@ -1070,7 +1150,7 @@ type ProducerState struct {
 
 func (x *ProducerState) Reset() {
 	*x = ProducerState{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1162,7 @@ func (x *ProducerState) String() string {
 func (*ProducerState) ProtoMessage() {}
 
 func (x *ProducerState) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1175,7 @@ func (x *ProducerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProducerState.ProtoReflect.Descriptor instead.
 func (*ProducerState) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{8}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ProducerState) GetId() string {
@@ -1145,7 +1225,7 @@ type ProducerRun struct {
 
 func (x *ProducerRun) Reset() {
 	*x = ProducerRun{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1157,7 +1237,7 @@ func (x *ProducerRun) String() string {
 func (*ProducerRun) ProtoMessage() {}
 
 func (x *ProducerRun) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1170,7 +1250,7 @@ func (x *ProducerRun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProducerRun.ProtoReflect.Descriptor instead.
 func (*ProducerRun) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{9}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ProducerRun) GetProducerSeq() uint64 {
@@ -1215,7 +1295,7 @@ type SessionRecord struct {
 
 func (x *SessionRecord) Reset() {
 	*x = SessionRecord{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1307,7 @@ func (x *SessionRecord) String() string {
 func (*SessionRecord) ProtoMessage() {}
 
 func (x *SessionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1320,7 @@ func (x *SessionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionRecord.ProtoReflect.Descriptor instead.
 func (*SessionRecord) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{10}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SessionRecord) GetTenant() string {
@@ -1326,7 +1406,7 @@ type Projection struct {
 
 func (x *Projection) Reset() {
 	*x = Projection{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1418,7 @@ func (x *Projection) String() string {
 func (*Projection) ProtoMessage() {}
 
 func (x *Projection) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1431,7 @@ func (x *Projection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Projection.ProtoReflect.Descriptor instead.
 func (*Projection) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{11}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Projection) GetHolder() string {
@@ -1384,7 +1464,7 @@ type HandOver struct {
 
 func (x *HandOver) Reset() {
 	*x = HandOver{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1396,7 +1476,7 @@ func (x *HandOver) String() string {
 func (*HandOver) ProtoMessage() {}
 
 func (x *HandOver) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1409,7 +1489,7 @@ func (x *HandOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
 func (*HandOver) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{12}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *HandOver) GetTenant() string {
@@ -1460,7 +1540,7 @@ type HandOverRequest struct {
 
 func (x *HandOverRequest) Reset() {
 	*x = HandOverRequest{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1472,7 +1552,7 @@ func (x *HandOverRequest) String() string {
 func (*HandOverRequest) ProtoMessage() {}
 
 func (x *HandOverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1485,7 +1565,7 @@ func (x *HandOverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverRequest.ProtoReflect.Descriptor instead.
 func (*HandOverRequest) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{13}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HandOverRequest) GetExpectedSeq() uint64 {
@@ -1521,7 +1601,7 @@ type HandOverReply struct {
 
 func (x *HandOverReply) Reset() {
 	*x = HandOverReply{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1613,7 @@ func (x *HandOverReply) String() string {
 func (*HandOverReply) ProtoMessage() {}
 
 func (x *HandOverReply) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +1626,7 @@ func (x *HandOverReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverReply.ProtoReflect.Descriptor instead.
 func (*HandOverReply) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{14}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *HandOverReply) GetResults() []*HandOverResult {
@@ -1581,7 +1661,7 @@ type HandOverResult struct {
 
 func (x *HandOverResult) Reset() {
 	*x = HandOverResult{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[15]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1593,7 +1673,7 @@ func (x *HandOverResult) String() string {
 func (*HandOverResult) ProtoMessage() {}
 
 func (x *HandOverResult) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[15]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1606,7 +1686,7 @@ func (x *HandOverResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverResult.ProtoReflect.Descriptor instead.
 func (*HandOverResult) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{15}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HandOverResult) GetEpoch() string {
@@ -1693,7 +1773,7 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\braw_size\x18\t \x01(\rR\arawSize\x12\x18\n" +
 	"\adeleted\x18\n" +
 	" \x01(\bR\adeleted\x12\x16\n" +
-	"\x06frames\x18\v \x03(\x12R\x06frames\"\xca\a\n" +
+	"\x06frames\x18\v \x03(\x12R\x06frames\"\xb5\b\n" +
 	"\fSessionState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x19\n" +
 	"\bhead_seq\x18\x02 \x01(\x04R\aheadSeq\x12\x1d\n" +
@@ -1721,7 +1801,14 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\x0erun_request_id\x18\x13 \x01(\tR\frunRequestId\x12:\n" +
 	"\tcancelled\x18\x14 \x03(\v2\x1c.tidemark.v1.CancelledTargetR\tcancelled\x12%\n" +
 	"\x0eanswered_calls\x18\x15 \x03(\x06R\ransweredCalls\x121\n" +
-	"\x05calls\x18\x16 \x03(\v2\x1b.tidemark.v1.RememberedCallR\x05calls\"\x91\x01\n" +
+	"\x05calls\x18\x16 \x03(\v2\x1b.tidemark.v1.RememberedCallR\x05calls\x124\n" +
+	"\n" +
+	"ended_runs\x18\x17 \x03(\v2\x15.tidemark.v1.EndedRunR\tendedRuns\x123\n" +
+	"\toverruled\x18\x18 \x01(\v2\x15.tidemark.v1.EndedRunR\toverruled\"i\n" +
+	"\bEndedRun\x12\x15\n" +
+	"\x06run_id\x18\x01 \x01(\tR\x05runId\x12+\n" +
+	"\x06status\x18\x02 \x01(\x0e2\x13.tidemark.v1.StatusR\x06status\x12\x19\n" +
+	"\bby_error\x18\x03 \x01(\bR\abyError\"\x91\x01\n" +
 	"\x0eRememberedCall\x12\x12\n" +
 	"\x04call\x18\x01 \x01(\x06R\x04call\x12\x18\n" +
 	"\arequest\x18\x02 \x01(\x06R\arequest\x12\x10\n" +
@@ -1835,69 +1922,73 @@ func file_tidemark_v1_frame_proto_rawDescGZIP() []byte {
 }
 
 var file_tidemark_v1_frame_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_tidemark_v1_frame_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_tidemark_v1_frame_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_tidemark_v1_frame_proto_goTypes = []any{
 	(Compression)(0),              // 0: tidemark.v1.Compression
 	(CallFate)(0),                 // 1: tidemark.v1.CallFate
 	(*Frame)(nil),                 // 2: tidemark.v1.Frame
 	(*Page)(nil),                  // 3: tidemark.v1.Page
 	(*SessionState)(nil),          // 4: tidemark.v1.SessionState
-	(*RememberedCall)(nil),        // 5: tidemark.v1.RememberedCall
-	(*CancelledTarget)(nil),       // 6: tidemark.v1.CancelledTarget
-	(*WorkItem)(nil),              // 7: tidemark.v1.WorkItem
-	(*WorkBefore)(nil),            // 8: tidemark.v1.WorkBefore
-	(*DeadRecord)(nil),            // 9: tidemark.v1.DeadRecord
-	(*ProducerState)(nil),         // 10: tidemark.v1.ProducerState
-	(*ProducerRun)(nil),           // 11: tidemark.v1.ProducerRun
-	(*SessionRecord)(nil),         // 12: tidemark.v1.SessionRecord
-	(*Projection)(nil),            // 13: tidemark.v1.Projection
-	(*HandOver)(nil),              // 14: tidemark.v1.HandOver
-	(*HandOverRequest)(nil),       // 15: tidemark.v1.HandOverRequest
-	(*HandOverReply)(nil),         // 16: tidemark.v1.HandOverReply
-	(*HandOverResult)(nil),        // 17: tidemark.v1.HandOverResult
-	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
-	(SessionKind)(0),              // 19: tidemark.v1.SessionKind
-	(*Envelope)(nil),              // 20: tidemark.v1.Envelope
-	(Status)(0),                   // 21: tidemark.v1.Status
-	(Code)(0),                     // 22: tidemark.v1.Code
+	(*EndedRun)(nil),              // 5: tidemark.v1.EndedRun
+	(*RememberedCall)(nil),        // 6: tidemark.v1.RememberedCall
+	(*CancelledTarget)(nil),       // 7: tidemark.v1.CancelledTarget
+	(*WorkItem)(nil),              // 8: tidemark.v1.WorkItem
+	(*WorkBefore)(nil),            // 9: tidemark.v1.WorkBefore
+	(*DeadRecord)(nil),            // 10: tidemark.v1.DeadRecord
+	(*ProducerState)(nil),         // 11: tidemark.v1.ProducerState
+	(*ProducerRun)(nil),           // 12: tidemark.v1.ProducerRun
+	(*SessionRecord)(nil),         // 13: tidemark.v1.SessionRecord
+	(*Projection)(nil),            // 14: tidemark.v1.Projection
+	(*HandOver)(nil),              // 15: tidemark.v1.HandOver
+	(*HandOverRequest)(nil),       // 16: tidemark.v1.HandOverRequest
+	(*HandOverReply)(nil),         // 17: tidemark.v1.HandOverReply
+	(*HandOverResult)(nil),        // 18: tidemark.v1.HandOverResult
+	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(SessionKind)(0),              // 20: tidemark.v1.SessionKind
+	(*Envelope)(nil),              // 21: tidemark.v1.Envelope
+	(Status)(0),                   // 22: tidemark.v1.Status
+	(Code)(0),                     // 23: tidemark.v1.Code
 }
 var file_tidemark_v1_frame_proto_depIdxs = []int32{
-	18, // 0: tidemark.v1.Frame.time:type_name -> google.protobuf.Timestamp
-	19, // 1: tidemark.v1.Frame.kind:type_name -> tidemark.v1.SessionKind
-	20, // 2: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
+	19, // 0: tidemark.v1.Frame.time:type_name -> google.protobuf.Timestamp
+	20, // 1: tidemark.v1.Frame.kind:type_name -> tidemark.v1.SessionKind
+	21, // 2: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
 	4,  // 3: tidemark.v1.Page.state:type_name -> tidemark.v1.SessionState
 	0,  // 4: tidemark.v1.Page.compression:type_name -> tidemark.v1.Compression
-	19, // 5: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
-	21, // 6: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
-	10, // 7: tidemark.v1.SessionState.producers:type_name -> tidemark.v1.ProducerState
-	18, // 8: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
-	18, // 9: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
-	18, // 10: tidemark.v1.SessionState.progressed:type_name -> google.protobuf.Timestamp
-	18, // 11: tidemark.v1.SessionState.prompt_deadline:type_name -> google.protobuf.Timestamp
-	6,  // 12: tidemark.v1.SessionState.cancelled:type_name -> tidemark.v1.CancelledTarget
-	5,  // 13: tidemark.v1.SessionState.calls:type_name -> tidemark.v1.RememberedCall
-	1,  // 14: tidemark.v1.RememberedCall.fate:type_name -> tidemark.v1.CallFate
-	18, // 15: tidemark.v1.WorkItem.stored:type_name -> google.protobuf.Timestamp
-	8,  // 16: tidemark.v1.WorkItem.before:type_name -> tidemark.v1.WorkBefore
-	20, // 17: tidemark.v1.WorkItem.envelope:type_name -> tidemark.v1.Envelope
-	7,  // 18: tidemark.v1.DeadRecord.item:type_name -> tidemark.v1.WorkItem
-	18, // 19: tidemark.v1.DeadRecord.time:type_name -> google.protobuf.Timestamp
-	18, // 20: tidemark.v1.DeadRecord.redriven:type_name -> google.protobuf.Timestamp
-	11, // 21: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
-	19, // 22: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
-	21, // 23: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
-	18, // 24: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
-	18, // 25: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
-	15, // 26: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
-	19, // 27: tidemark.v1.HandOverRequest.kind:type_name -> tidemark.v1.SessionKind
-	20, // 28: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
-	17, // 29: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
-	22, // 30: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
-	31, // [31:31] is the sub-list for method output_type
-	31, // [31:31] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	20, // 5: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
+	22, // 6: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
+	11, // 7: tidemark.v1.SessionState.producers:type_name -> tidemark.v1.ProducerState
+	19, // 8: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
+	19, // 9: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
+	19, // 10: tidemark.v1.SessionState.progressed:type_name -> google.protobuf.Timestamp
+	19, // 11: tidemark.v1.SessionState.prompt_deadline:type_name -> google.protobuf.Timestamp
+	7,  // 12: tidemark.v1.SessionState.cancelled:type_name -> tidemark.v1.CancelledTarget
+	6,  // 13: tidemark.v1.SessionState.calls:type_name -> tidemark.v1.RememberedCall
+	5,  // 14: tidemark.v1.SessionState.ended_runs:type_name -> tidemark.v1.EndedRun
+	5,  // 15: tidemark.v1.SessionState.overruled:type_name -> tidemark.v1.EndedRun
+	22, // 16: tidemark.v1.EndedRun.status:type_name -> tidemark.v1.Status
+	1,  // 17: tidemark.v1.RememberedCall.fate:type_name -> tidemark.v1.CallFate
+	19, // 18: tidemark.v1.WorkItem.stored:type_name -> google.protobuf.Timestamp
+	9,  // 19: tidemark.v1.WorkItem.before:type_name -> tidemark.v1.WorkBefore
+	21, // 20: tidemark.v1.WorkItem.envelope:type_name -> tidemark.v1.Envelope
+	8,  // 21: tidemark.v1.DeadRecord.item:type_name -> tidemark.v1.WorkItem
+	19, // 22: tidemark.v1.DeadRecord.time:type_name -> google.protobuf.Timestamp
+	19, // 23: tidemark.v1.DeadRecord.redriven:type_name -> google.protobuf.Timestamp
+	12, // 24: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
+	20, // 25: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
+	22, // 26: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
+	19, // 27: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
+	19, // 28: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
+	16, // 29: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
+	20, // 30: tidemark.v1.HandOverRequest.kind:type_name -> tidemark.v1.SessionKind
+	21, // 31: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
+	18, // 32: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
+	23, // 33: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
+	34, // [34:34] is the sub-list for method output_type
+	34, // [34:34] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_frame_proto_init() }
@@ -1907,15 +1998,15 @@ func file_tidemark_v1_frame_proto_init() {
 	}
 	file_tidemark_v1_envelope_proto_init()
 	file_tidemark_v1_wire_proto_init()
-	file_tidemark_v1_frame_proto_msgTypes[7].OneofWrappers = []any{}
-	file_tidemark_v1_frame_proto_msgTypes[13].OneofWrappers = []any{}
+	file_tidemark_v1_frame_proto_msgTypes[8].OneofWrappers = []any{}
+	file_tidemark_v1_frame_proto_msgTypes[14].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tidemark_v1_frame_proto_rawDesc), len(file_tidemark_v1_frame_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   16,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -215,3 +215,37 @@ func testCancelledCalls(w *world) {
 		v.publish(by(asUser, "n", startOf("next")), by(asAgent, "", callOf("c3")), by(asAgent, "", resultOf("c3")))
 	}
 }
+
+// testRunEndsOnce says of runs that have ended that they end, and that they go on: it is refused, also long after and after a restart, until they are started again. What ended them may be sent again.
+func testRunEndsOnce(w *world) {
+	end := RunStatusOf("r", completed)
+	w.publish(Created(chat, ""), StartRun("r"))
+	place := w.publish(end)
+	w.publish(StartRun("s"), CancelRun("s"))
+	w.ended(6, 5, "s", "enough of s")
+	w.again()
+	if r := w.publish(end); !r.Duplicate || r.First != place.First {
+		w.Errorf("the end that is sent again is answered with %+v", r)
+	}
+	for run, code := range map[string]schema.Code{"r": schema.Code_CODE_RUN_ENDED, "s": schema.Code_CODE_CANCELLED} {
+		for _, status := range []schema.Status{completed, failed, cancelled, running, waiting} {
+			w.refused(code, one(RunStatusOf(run, status)))
+		}
+	}
+	w.refused(schema.Code_CODE_RUN_ENDED, broker.Submission{Envelopes: []schema.Accepted{StartRun("t"), RunStatusOf("t", failed), RunStatusOf("t", completed)}})
+	// The agent of the run that was cancelled would close the chat with its last word.
+	w.refused(schema.Code_CODE_RUN_ENDED, one(by(asAgent, "", &schema.Envelope{Payload: &schema.Envelope_RunStatus{RunStatus: &schema.RunStatus{Status: failed}}})))
+	w.publish(StartRun("r"), RunStatusOf("r", running), RunStatusOf("r", failed))
+	for i := range 64 {
+		run := fmt.Sprint("run ", i)
+		w.publish(StartRun(run), RunStatusOf(run, completed))
+	}
+	w.again()
+	for i := range 64 {
+		w.refused(schema.Code_CODE_RUN_ENDED, one(RunStatusOf(fmt.Sprint("run ", i), failed)))
+	}
+	w.publish(RunStatusOf("r", failed)) // of so long ago that it is forgotten
+	if s := w.session().GetStatus(); s != open {
+		w.Errorf("behind it, the chat is %s", s)
+	}
+}

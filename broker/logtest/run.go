@@ -106,6 +106,7 @@ func cases() []testCase {
 		{"AnsweredOnce", testAnsweredOnce},
 		{"CallsNamedAnew", testCallsNamedAnew},
 		{"I10_CancelledCalls", testCancelledCalls},
+		{"I10_RunEndsOnce", testRunEndsOnce},
 		{"SessionsListed", testSessionsListed},
 		{"SessionsPaged", testSessionsPaged},
 		{"DeleteEndsTheHistory", testDeleteEndsTheHistory},
