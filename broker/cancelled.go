@@ -12,13 +12,13 @@ import (
 	"tidemark/schema"
 )
 
-// What a session remembers so that late words do no harm: which runs and requests were cancelled, and which tool calls were answered. It is part of the lifecycle, and as pure (docs/adr/0009).
+// What a session remembers so that late words do no harm: which runs and requests were cancelled, and which results came of tool calls that it does not know. It is part of the lifecycle, and as pure (docs/adr/0009).
 
 // Bounds of what is remembered (I8).
 const (
 	// maxCancelled is how many cancelled runs and requests a session remembers; at most 400 bytes each.
 	maxCancelled = 64
-	// maxAnswered bounds what a session remembers of tool calls that were answered, at 8 bytes; a call whose result names its request takes two.
+	// maxAnswered bounds what a session remembers of results of calls that it does not know, at 8 bytes; one that names its request takes two.
 	maxAnswered = 1024
 	// maxEndings bounds the runs that one publish ends as cancelled. Their envelopes come on top of the publish's own, within frameOverhead where it is as large as it may be.
 	maxEndings = 8
@@ -50,6 +50,7 @@ func (l *lifecycle) hits(m *schema.Cancel) bool {
 
 // foldCancel remembers what was cancelled. It moves nothing: the end of the run is an envelope of its own.
 func (l *lifecycle) foldCancel(m *schema.Cancel) {
+	l.cancelCalls(m)
 	if l.hits(m) {
 		l.remember(target{request: l.about.request, run: l.run})
 		return
@@ -101,7 +102,7 @@ func (l *lifecycle) decideLate(id schema.SessionID, e *schema.Accepted) *schema.
 	default:
 	}
 	s := saidIn(e).scan()
-	if !attends(s.Role()) {
+	if !attends(s.Role(), e.Kind, e.Payload) {
 		return nil
 	}
 	if request := string(s.RequestID); request != "" && l.isCancelled(request, request) {
@@ -199,7 +200,7 @@ func (d *ending) envelope() (schema.Accepted, error) {
 	}, cause.GetTime().AsTime())
 }
 
-// callHash names a tool call among those that a session remembers. Whoever chooses ids cannot make two calls meet.
+// callHash names a tool call among those that a session only knows by their results. Whoever chooses ids cannot make two calls meet.
 func callHash(request []byte, call string) uint64 {
 	h := sha256.New()
 	h.Write(request)
@@ -211,7 +212,7 @@ func callHash(request []byte, call string) uint64 {
 // anyRequest stands for the requests of a call's results that name one. No request_id is so long.
 var anyRequest = bytes.Repeat([]byte{0}, schema.MaxIDBytes+1) //nolint:gochecknoglobals // a constant
 
-// wasAnswered reports whether the call has its result. One that names no request is of whatever call has this id, and answers it for every request: calls of one id in several requests have results that name them.
+// wasAnswered reports whether a call that the session does not know has its result. One that names no request is of whatever call has this id, and answers it for every request: calls of one id in several requests have results that name them.
 func (l *lifecycle) wasAnswered(request []byte, call string) bool {
 	if len(l.answered) == 0 {
 		return false
@@ -223,7 +224,7 @@ func (l *lifecycle) wasAnswered(request []byte, call string) bool {
 	return slices.Contains(l.answered, callHash(request, call)) || slices.Contains(l.answered, callHash(other, call))
 }
 
-// answer remembers a call as the last that was answered.
+// answer remembers a call that the session does not know as the last that was answered.
 func (l *lifecycle) answer(request []byte, call string) {
 	next := []uint64{callHash(request, call)}
 	if len(request) > 0 {

@@ -62,7 +62,7 @@ func (p *projection) makeWork(s *projected, f *frame, seq uint64, e schema.Scann
 	}
 	d.items = append(d.items, &pendingItem{s, &workItem{
 		WorkItem: &schema.WorkItem{
-			Tenant: s.id.Tenant, Session: s.id.Name, Epoch: f.Epoch, Seq: seq, Through: f.StreamSeq, Stored: timestamppb.New(f.Time), RunId: s.st.run, Cancelled: s.st.cancelledWork(e),
+			Tenant: s.id.Tenant, Session: s.id.Name, Epoch: f.Epoch, Seq: seq, Through: f.StreamSeq, Stored: timestamppb.New(f.Time), RunId: s.st.run, RunRequestId: s.st.about.request, Cancelled: s.st.cancelledWork(e),
 		},
 		kind: e.Kind, envelope: bytes.Clone(raw), // not all of its frame
 	}})

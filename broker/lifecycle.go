@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -23,6 +24,7 @@ import (
 //  4. What has ended does not change.
 //  5. Only an open question has a deadline, and then a default answer.
 //  6. Nothing is known about a run where none is under way.
+//  7. A run under way has not ended. Only an open chat had its last run ended by Tidemark.
 type lifecycle struct {
 	kind   schema.SessionKind
 	status schema.Status
@@ -37,9 +39,15 @@ type lifecycle struct {
 	fallback string
 	// about is what else is known of the run under way.
 	about runFacts
-	// cancelled is what was cancelled last, oldest first, and answered are the tool calls that were, by their hashes. Never changed in place.
+	// cancelled is what was cancelled last, oldest first. Never changed in place.
 	cancelled []target
-	answered  []uint64
+	// calls are the tool calls, in the order in which something became of them, and answered those that were answered though the session does not know them, by their hashes. Never changed in place.
+	calls    []call
+	answered []uint64
+	// ended are the runs of a chat that ended last, oldest first. Never changed in place.
+	ended []endedRun
+	// overruled is the last run of a chat where Tidemark ended it and its agent did not, until another begins.
+	overruled endedRun
 	// metadata is a JSON object, as given when the session was created; empty for none.
 	metadata string
 }
@@ -50,7 +58,7 @@ type runFacts struct {
 	request string
 	// orphanAfter is how long the run may be without its agent; 0: as the deployment has it.
 	orphanAfter time.Duration
-	// attended: an agent or a worker has said something since it began.
+	// attended: an agent or a worker has said something since it began; see [attends].
 	attended bool
 }
 
@@ -69,8 +77,22 @@ func (e said) scan() schema.Scanned {
 	return s
 }
 
-// attends reports whether who has this role does a run's work.
-func attends(r schema.Role) bool { return r == schema.Role_ROLE_AGENT || r == schema.Role_ROLE_WORKER }
+// attends reports whether an envelope is a word of who does a run's work: an agent's or a worker's always; an admin's where it is none that a person, or an operator, sends as well. The backend of a desktop application has an
+// admin's token, and so has its UI.
+func attends(r schema.Role, kind schema.Kind, payload []byte) bool {
+	if r != schema.Role_ROLE_ADMIN {
+		return r == schema.Role_ROLE_AGENT || r == schema.Role_ROLE_WORKER
+	}
+	switch kind {
+	case schema.KindUserMessage, schema.KindUserInput, schema.KindCancel, schema.KindCustom, schema.KindSystem:
+		return false
+	case schema.KindRunStatus:
+		var m schema.RunStatus
+		return proto.Unmarshal(payload, &m) == nil && !schema.Ended(m.GetStatus())
+	default:
+		return true
+	}
+}
 
 // take lets a publish's envelopes come one behind the other, the first behind head, and returns where the session stands then; or why one of them may not come, and nothing has. kind is what the session becomes
 // where they are its first. own are the envelopes that Tidemark itself puts right behind them, in the same frame: the ends of runs that they cancel, or that had been cancelled and are started by them.
@@ -118,7 +140,7 @@ func (l *lifecycle) take(id schema.SessionID, kind schema.SessionKind, head uint
 // moves reports whether an envelope of this kind may move a session that has begun and not ended, or is remembered. The others need no decision, and no decoding.
 func moves(kind schema.Kind) bool {
 	switch kind {
-	case schema.KindSessionCreated, schema.KindStartRun, schema.KindRunStatus, schema.KindWaitingForInput, schema.KindUserInput, schema.KindError, schema.KindToolResult, schema.KindCancel:
+	case schema.KindSessionCreated, schema.KindStartRun, schema.KindRunStatus, schema.KindWaitingForInput, schema.KindUserInput, schema.KindError, schema.KindToolCall, schema.KindToolResult, schema.KindCancel:
 		return true
 	default:
 		return false
@@ -170,36 +192,13 @@ func (l *lifecycle) decide(id schema.SessionID, e *schema.Accepted) *schema.Refu
 	case schema.KindRunStatus:
 		return l.decideStatus(id, e)
 	case schema.KindToolResult:
-		var m schema.ToolResult
-		if proto.Unmarshal(payload, &m) != nil {
-			return nil
-		}
-		if s := saidIn(e).scan(); l.wasAnswered(s.RequestID, m.GetCallId()) {
-			return schema.Refuse(schema.Code_CODE_ALREADY_ANSWERED, "The tool call %q in session %s has its result already; a call has one, and the first counts.", m.GetCallId(), id)
-		}
+		return l.decideResult(id, e)
+	case schema.KindToolCall:
+		return l.decideCall(id, e)
 	case schema.KindUserInput:
 		return l.decideInput(id, e)
 	default:
 		// The others may always come.
-	}
-	return nil
-}
-
-// decideStatus says why nothing like that is to be said of a run. Tidemark's own verdict is about a run that is under way, or comes too late: whoever gave it may have been frozen meanwhile.
-func (l *lifecycle) decideStatus(id schema.SessionID, e *schema.Accepted) *schema.Refusal {
-	var m schema.RunStatus
-	if proto.Unmarshal(e.Payload, &m) != nil {
-		return nil
-	}
-	if m.GetStatus() == schema.Status_STATUS_OPEN {
-		return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION,
-			"A run of session %s cannot be open: it is running, waiting_for_input, completed, failed or cancelled; a chat is open when its run has ended.", id)
-	}
-	if !schema.Ended(m.GetStatus()) || l.under() && m.GetRunId() == l.run {
-		return nil
-	}
-	if s := saidIn(e).scan(); s.Role() == schema.Role_ROLE_SYSTEM {
-		return schema.Refuse(schema.Code_CODE_INVALID_TRANSITION, "The run %q of session %s is not under way any more; there is nothing to end.", m.GetRunId(), id)
 	}
 	return nil
 }
@@ -239,7 +238,7 @@ func (l *lifecycle) fold(seq uint64, e said) {
 	}
 	if l.under() && !l.about.attended {
 		s := e.scan()
-		l.about.attended = attends(s.Role())
+		l.about.attended = attends(s.Role(), e.kind, e.payload)
 	}
 }
 
@@ -260,7 +259,8 @@ func (l *lifecycle) move(seq uint64, first bool, e said) {
 	case schema.KindRunStatus:
 		var m schema.RunStatus
 		if proto.Unmarshal(e.payload, &m) == nil {
-			l.foldStatus(seq, m.GetRunId(), m.GetStatus())
+			s := e.scan()
+			l.foldStatus(seq, m.GetRunId(), m.GetStatus(), s.Role())
 		}
 	case schema.KindWaitingForInput:
 		var m schema.WaitingForInput
@@ -277,13 +277,18 @@ func (l *lifecycle) move(seq uint64, first bool, e said) {
 	case schema.KindError:
 		var m schema.Error
 		if proto.Unmarshal(e.payload, &m) == nil && m.Recoverable != nil && !m.GetRecoverable() && (l.under() || l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW) {
+			l.rememberEnd(endedRun{run: l.run, status: schema.Status_STATUS_FAILED, byError: true})
 			l.end(schema.Status_STATUS_FAILED)
 		}
 	case schema.KindToolResult:
 		var m schema.ToolResult
 		if proto.Unmarshal(e.payload, &m) == nil {
-			s := e.scan()
-			l.answer(s.RequestID, m.GetCallId())
+			l.foldResult(e, &m)
+		}
+	case schema.KindToolCall:
+		var m schema.ToolCall
+		if proto.Unmarshal(e.payload, &m) == nil {
+			l.foldCall(e, &m)
 		}
 	case schema.KindCancel:
 		var m schema.Cancel
@@ -308,6 +313,7 @@ func (l *lifecycle) start(run, request string, orphanAfter time.Duration) {
 	if cancelled && !under && l.under() && l.run != "" {
 		return
 	}
+	l.forgetEnd(run)
 	if l.run = run; !under {
 		l.stand(schema.Status_STATUS_RUNNING)
 		l.about = runFacts{}
@@ -322,7 +328,10 @@ func (l *lifecycle) start(run, request string, orphanAfter time.Duration) {
 
 // foldStatus takes in what is said of a run. What is said of another run than the one under way does not move the session. Where the run under way has no name yet, or none is under way, a name that comes with
 // the word that it runs, or waits, is its own.
-func (l *lifecycle) foldStatus(seq uint64, run string, to schema.Status) {
+func (l *lifecycle) foldStatus(seq uint64, run string, to schema.Status, by schema.Role) {
+	if schema.Ended(to) {
+		l.rememberEnd(endedRun{run: cmp.Or(run, l.run), status: to})
+	}
 	if run != "" && l.run != "" && run != l.run {
 		return
 	}
@@ -334,7 +343,10 @@ func (l *lifecycle) foldStatus(seq uint64, run string, to schema.Status) {
 	case !schema.Ended(to):
 		return
 	case l.under(), l.kind == schema.SessionKind_SESSION_KIND_WORKFLOW:
-		l.end(to)
+		last := endedRun{run: cmp.Or(run, l.run), status: to}
+		if l.end(to); by == schema.Role_ROLE_SYSTEM && l.status == schema.Status_STATUS_OPEN {
+			l.overruled = last
+		}
 	case run == "":
 		// A chat with no run under way: this closes it.
 		l.stand(to)
@@ -357,6 +369,7 @@ func (l *lifecycle) ask(seq uint64, options []string) {
 func (l *lifecycle) stand(status schema.Status) {
 	l.status, l.prompt, l.options = status, 0, nil
 	l.deadline, l.fallback = time.Time{}, ""
+	l.overruled = endedRun{}
 }
 
 // end ends the run, and a workflow with it. A chat is open again.

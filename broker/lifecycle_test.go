@@ -136,8 +136,25 @@ func (l *life) String() string {
 	for i, c := range s.cancelled {
 		out.WriteString([...]string{", cancelled ", " "}[min(i, 1)] + c.run + "/" + c.request)
 	}
+	for i, r := range s.ended {
+		out.WriteString([...]string{", ended ", " "}[min(i, 1)] + r.run + ":" + schema.StatusWord(r.status))
+	}
+	if s.overruled != (endedRun{}) {
+		out.WriteString(", overruled")
+	}
+	for _, fate := range []schema.CallFate{schema.CallFate_CALL_FATE_OPEN, schema.CallFate_CALL_FATE_ANSWERED, schema.CallFate_CALL_FATE_CANCELLED} {
+		n := 0
+		for _, c := range s.calls {
+			if c.fate == fate {
+				n++
+			}
+		}
+		if n > 0 {
+			fmt.Fprintf(&out, ", calls %d %s", n, strings.ToLower(strings.TrimPrefix(fate.String(), "CALL_FATE_")))
+		}
+	}
 	if n := len(s.answered); n > 0 {
-		fmt.Fprintf(&out, ", %d answered", n)
+		fmt.Fprintf(&out, ", %d results of none", n)
 	}
 	return out.String()
 }
@@ -192,6 +209,8 @@ func envelopeOf(t testing.TB, command string) *schema.Envelope {
 		}}
 	case "call":
 		e.Payload = &schema.Envelope_ToolCall{ToolCall: &schema.ToolCall{CallId: word(0), Name: "x"}}
+	case "more":
+		e.Payload = &schema.Envelope_ToolCall{ToolCall: &schema.ToolCall{CallId: word(0), ArgumentsDelta: "{"}}
 	case "result":
 		e.Payload = &schema.Envelope_ToolResult{ToolResult: &schema.ToolResult{CallId: word(0)}}
 	case "answer":
@@ -215,6 +234,8 @@ func envelopeOf(t testing.TB, command string) *schema.Envelope {
 		e.Payload = &schema.Envelope_UserMessage{UserMessage: &schema.UserMessage{Message: "x"}}
 	case "progress":
 		e.Payload = &schema.Envelope_WorkflowProgress{WorkflowProgress: &schema.WorkflowProgress{Step: "s", Message: "x"}}
+	case "custom":
+		e.Payload = &schema.Envelope_Custom{Custom: &schema.Custom{Type: "x", Data: []byte("x")}}
 	case "system":
 		e.Payload = &schema.Envelope_System{System: &schema.System{Message: "x"}}
 	default:
@@ -319,8 +340,12 @@ func (l lifecycle) possible(head uint64) error {
 		return fmt.Errorf("question %d has the deadline %s and the default answer %q", l.prompt, l.deadline, l.fallback)
 	case !l.under() && l.about != (runFacts{}):
 		return fmt.Errorf("no run is under way, but of it is known %+v", l.about)
-	case len(l.cancelled) > maxCancelled || len(l.answered) > maxAnswered:
-		return fmt.Errorf("%d cancelled targets and %d answered calls are remembered", len(l.cancelled), len(l.answered))
+	case len(l.cancelled) > maxCancelled || len(l.answered) > maxAnswered || len(l.calls) > maxOpenCalls+maxSettledCalls:
+		return fmt.Errorf("%d cancelled targets, %d calls and %d answered ones are remembered", len(l.cancelled), len(l.calls), len(l.answered))
+	case len(l.ended) > maxEnded, l.under() && l.endOf(l.run) >= 0:
+		return fmt.Errorf("in run %s, %d runs are remembered to have ended: %v", l.run, len(l.ended), l.ended)
+	case l.overruled != (endedRun{}) && (l.status != schema.Status_STATUS_OPEN || l.kind != schema.SessionKind_SESSION_KIND_CHAT):
+		return fmt.Errorf("%s of kind %s, its run was ended by Tidemark: %v", l.status, l.kind, l.overruled)
 	case l.status == schema.Status_STATUS_OPEN && l.kind == schema.SessionKind_SESSION_KIND_CHAT && l.run != "":
 		return fmt.Errorf("an open chat has the run %s", l.run)
 	}
@@ -333,12 +358,12 @@ func someWords(rt *rapid.T) string {
 	run := rapid.SampledFrom([]string{"", "r", "s"})
 	command := rapid.SampledFrom([]string{
 		"created", "created chat", "created workflow", "start r", "start s", "status", "status", "status", "ask", "ask yes no", "ask no", "answer 1", `answer "yes"`, `answer "no"`, "to 1 answer 1", "to 2 answer 1", `to 3 answer "yes"`, "error recoverable",
-		"error final", "cancel", "cancel run r", "cancel run s", "cancel request p", "cancel request q", "token", "message", "progress", "system", "prompt yes no", "start r 5000", "call c", "result c", "result d",
+		"error final", "cancel", "cancel run r", "cancel run s", "cancel request p", "cancel request q", "token", "message", "progress", "system", "prompt yes no", "start r 5000", "call c", "call c", "call d", "more c", "result c", "result c", "result d",
 	}).Draw(rt, "command")
 	if command == "status" {
 		command = strings.TrimRight("status "+status.Draw(rt, "status")+" "+run.Draw(rt, "run"), " ")
 	}
-	return rapid.SampledFrom([]string{"", "", "as agent ", "as agent ", "as worker ", "as user ", "as system "}).Draw(rt, "role") + rapid.SampledFrom([]string{"", "", "for p ", "for q "}).Draw(rt, "request") + command
+	return rapid.SampledFrom([]string{"", "", "as agent ", "as agent ", "as worker ", "as admin ", "as user ", "as system "}).Draw(rt, "role") + rapid.SampledFrom([]string{"", "", "for p ", "for q "}).Draw(rt, "request") + command
 }
 
 // Whatever is tried, what is taken never leads to a state that cannot be; what has ended stays as it is; and an edge that takes the session over from a page, anywhere on the way, decides as the one that was there all the time.

@@ -241,7 +241,7 @@ func (s *state) project(f *frame, v View, folded func(seq uint64, e schema.Scann
 		if err != nil {
 			return heard, badFrame(err)
 		}
-		heard = heard || attends(e.Role())
+		heard = heard || attends(e.Role(), e.Kind, e.Payload)
 		s.foldPayload(seq, said{e.Kind, e.Payload, raw}, e.Producer)
 		folded(seq, e, raw)
 	}
@@ -361,7 +361,7 @@ func (p *projection) full() bool {
 
 // measure counts what the session takes in memory.
 func (p *projection) measure(s *projected) {
-	size := sessionCost + len(s.subject) + cap(s.region) + cap(s.frames)*24 + len(s.st.metadata) + len(s.st.fallback) + len(s.st.answered)*8
+	size := sessionCost + len(s.subject) + cap(s.region) + cap(s.frames)*24 + len(s.st.metadata) + len(s.st.fallback) + len(s.st.answered)*8 + len(s.st.calls)*40
 	for _, t := range s.st.cancelled {
 		size += 32 + len(t.request) + len(t.run)
 	}

@@ -207,6 +207,15 @@ func (s *state) proto() *schema.SessionState {
 	if !s.deadline.IsZero() {
 		m.PromptDeadline = timestamppb.New(s.deadline)
 	}
+	for _, c := range s.calls {
+		m.Calls = append(m.Calls, &schema.RememberedCall{Call: c.id, Request: c.request, Run: c.run, Asked: c.asked, Fate: c.fate})
+	}
+	for _, r := range s.ended {
+		m.EndedRuns = append(m.EndedRuns, &schema.EndedRun{RunId: r.run, Status: r.status, ByError: r.byError})
+	}
+	if s.overruled != (endedRun{}) {
+		m.Overruled = &schema.EndedRun{RunId: s.overruled.run, Status: s.overruled.status}
+	}
 	for _, t := range s.cancelled {
 		m.Cancelled = append(m.Cancelled, &schema.CancelledTarget{RequestId: t.request, RunId: t.run})
 	}
@@ -238,6 +247,13 @@ func stateOf(m *schema.SessionState) *state {
 	if m.PromptDeadline != nil {
 		s.deadline = m.GetPromptDeadline().AsTime()
 	}
+	for _, c := range m.GetCalls() {
+		s.calls = append(s.calls, call{id: c.GetCall(), request: c.GetRequest(), run: c.GetRun(), asked: c.GetAsked(), fate: c.GetFate()})
+	}
+	for _, r := range m.GetEndedRuns() {
+		s.ended = append(s.ended, endedRun{run: r.GetRunId(), status: r.GetStatus(), byError: r.GetByError()})
+	}
+	s.overruled = endedRun{run: m.GetOverruled().GetRunId(), status: m.GetOverruled().GetStatus()}
 	for _, t := range m.GetCancelled() {
 		s.cancelled = append(s.cancelled, target{request: t.GetRequestId(), run: t.GetRunId()})
 	}

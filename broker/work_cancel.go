@@ -46,7 +46,7 @@ const (
 	maxSeenCancels = 256
 )
 
-// hits reports whether the cancel is about the item.
+// hits reports whether the cancel is about the item. Of a tool call the session then takes no result: see call.hit.
 func (c *seenCancel) hits(h *heldItem) bool {
 	if c.seq <= h.item.GetSeq() || h.item.kind == schema.KindCancel {
 		return false
@@ -55,7 +55,7 @@ func (c *seenCancel) hits(h *heldItem) bool {
 	case *schema.Cancel_Session:
 		return true
 	case *schema.Cancel_RequestId:
-		return h.request != "" && t.RequestId == h.request
+		return t.RequestId != "" && (t.RequestId == h.request || t.RequestId == h.item.GetRunRequestId())
 	case *schema.Cancel_RunId:
 		return t.RunId == h.item.GetRunId() || t.RunId == h.request
 	default:

@@ -114,6 +114,7 @@ var rules = map[Code]Rule{ //nolint:gochecknoglobals // a table that nothing wri
 	Code_CODE_CANCELLED:            {GRPC: 1, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
 	Code_CODE_WORK_LOST:            {GRPC: 9, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
 	Code_CODE_WORK_NOT_FOUND:       {GRPC: 5, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
+	Code_CODE_RUN_ENDED:            {GRPC: 9, Close: 1008, Reconnect: Reconnect_RECONNECT_NO},
 }
 
 // DurabilityWord is the class as configuration, logs and PROTOCOL.md name it: memory, os, fsync, replicated.

@@ -911,7 +911,7 @@ func (x *StartRun) GetOrphanAfterMs() uint64 {
 	return 0
 }
 
-// RunStatus says where a run stands now.
+// RunStatus says where a run stands now. Of a run that has ended nothing more is taken, until a StartRun begins it anew.
 type RunStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty: the session's only run.
@@ -1423,7 +1423,7 @@ func (x *ToolCall) GetMessageId() string {
 	return ""
 }
 
-// ToolResult answers a tool call.
+// ToolResult answers a tool call, by its call_id and the envelope's request_id. A call has one; one that was cancelled takes none of a worker.
 type ToolResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Required, at most 200 bytes.

@@ -74,6 +74,60 @@ func (Compression) EnumDescriptor() ([]byte, []int) {
 	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{0}
 }
 
+// CallFate is what became of a tool call.
+type CallFate int32
+
+const (
+	CallFate_CALL_FATE_UNSPECIFIED CallFate = 0
+	// It waits for its result.
+	CallFate_CALL_FATE_OPEN      CallFate = 1
+	CallFate_CALL_FATE_ANSWERED  CallFate = 2
+	CallFate_CALL_FATE_CANCELLED CallFate = 3
+)
+
+// Enum value maps for CallFate.
+var (
+	CallFate_name = map[int32]string{
+		0: "CALL_FATE_UNSPECIFIED",
+		1: "CALL_FATE_OPEN",
+		2: "CALL_FATE_ANSWERED",
+		3: "CALL_FATE_CANCELLED",
+	}
+	CallFate_value = map[string]int32{
+		"CALL_FATE_UNSPECIFIED": 0,
+		"CALL_FATE_OPEN":        1,
+		"CALL_FATE_ANSWERED":    2,
+		"CALL_FATE_CANCELLED":   3,
+	}
+)
+
+func (x CallFate) Enum() *CallFate {
+	p := new(CallFate)
+	*p = x
+	return p
+}
+
+func (x CallFate) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CallFate) Descriptor() protoreflect.EnumDescriptor {
+	return file_tidemark_v1_frame_proto_enumTypes[1].Descriptor()
+}
+
+func (CallFate) Type() protoreflect.EnumType {
+	return &file_tidemark_v1_frame_proto_enumTypes[1]
+}
+
+func (x CallFate) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CallFate.Descriptor instead.
+func (CallFate) EnumDescriptor() ([]byte, []int) {
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{1}
+}
+
 // Frame is one message of the log: consecutive envelopes of one session, the unit of append.
 type Frame struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -368,14 +422,20 @@ type SessionState struct {
 	PromptDefaultJson string                 `protobuf:"bytes,16,opt,name=prompt_default_json,json=promptDefaultJson,proto3" json:"prompt_default_json,omitempty"`
 	// How long the run under way may be without its agent, in milliseconds; 0: as the deployment has it.
 	OrphanAfterMs uint64 `protobuf:"varint,17,opt,name=orphan_after_ms,json=orphanAfterMs,proto3" json:"orphan_after_ms,omitempty"`
-	// An agent or a worker has had to do with the run under way.
+	// An agent or a worker, or an admin as one, has had to do with the run under way.
 	RunAttended bool `protobuf:"varint,18,opt,name=run_attended,json=runAttended,proto3" json:"run_attended,omitempty"`
 	// The request_id of the start_run of the run under way; empty where it had none.
 	RunRequestId string `protobuf:"bytes,19,opt,name=run_request_id,json=runRequestId,proto3" json:"run_request_id,omitempty"`
 	// What was cancelled last, oldest first.
 	Cancelled []*CancelledTarget `protobuf:"bytes,20,rep,name=cancelled,proto3" json:"cancelled,omitempty"`
-	// The tool calls that were answered last, oldest first: hashes of request_id and call_id.
+	// The tool calls that were answered last, oldest first: hashes of request_id and call_id. Of calls that the session does not know, by their results alone.
 	AnsweredCalls []uint64 `protobuf:"fixed64,21,rep,packed,name=answered_calls,json=answeredCalls,proto3" json:"answered_calls,omitempty"`
+	// The tool calls that are known, in the order in which something became of them.
+	Calls []*RememberedCall `protobuf:"bytes,22,rep,name=calls,proto3" json:"calls,omitempty"`
+	// The runs of a chat that ended last, oldest first.
+	EndedRuns []*EndedRun `protobuf:"bytes,23,rep,name=ended_runs,json=endedRuns,proto3" json:"ended_runs,omitempty"`
+	// The last run of a chat where the server ended it and its agent did not, until another begins.
+	Overruled     *EndedRun `protobuf:"bytes,24,opt,name=overruled,proto3" json:"overruled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -557,6 +617,170 @@ func (x *SessionState) GetAnsweredCalls() []uint64 {
 	return nil
 }
 
+func (x *SessionState) GetCalls() []*RememberedCall {
+	if x != nil {
+		return x.Calls
+	}
+	return nil
+}
+
+func (x *SessionState) GetEndedRuns() []*EndedRun {
+	if x != nil {
+		return x.EndedRuns
+	}
+	return nil
+}
+
+func (x *SessionState) GetOverruled() *EndedRun {
+	if x != nil {
+		return x.Overruled
+	}
+	return nil
+}
+
+// EndedRun is a run that has ended, and how.
+type EndedRun struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	RunId  string                 `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	Status Status                 `protobuf:"varint,2,opt,name=status,proto3,enum=tidemark.v1.Status" json:"status,omitempty"`
+	// An error that is not recoverable ended it; a run_status may still say that it failed.
+	ByError       bool `protobuf:"varint,3,opt,name=by_error,json=byError,proto3" json:"by_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndedRun) Reset() {
+	*x = EndedRun{}
+	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndedRun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndedRun) ProtoMessage() {}
+
+func (x *EndedRun) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndedRun.ProtoReflect.Descriptor instead.
+func (*EndedRun) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *EndedRun) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+func (x *EndedRun) GetStatus() Status {
+	if x != nil {
+		return x.Status
+	}
+	return Status_STATUS_UNSPECIFIED
+}
+
+func (x *EndedRun) GetByError() bool {
+	if x != nil {
+		return x.ByError
+	}
+	return false
+}
+
+// RememberedCall is a tool call. Names are hashes: the first 8 bytes of their SHA-256, big-endian; 0 for none.
+type RememberedCall struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its call_id.
+	Call uint64 `protobuf:"fixed64,1,opt,name=call,proto3" json:"call,omitempty"`
+	// Its request_id.
+	Request uint64 `protobuf:"fixed64,2,opt,name=request,proto3" json:"request,omitempty"`
+	// The run that was under way when it was made, while it is open.
+	Run uint64 `protobuf:"fixed64,3,opt,name=run,proto3" json:"run,omitempty"`
+	// The request_id of that run's start_run.
+	Asked         uint64   `protobuf:"fixed64,4,opt,name=asked,proto3" json:"asked,omitempty"`
+	Fate          CallFate `protobuf:"varint,5,opt,name=fate,proto3,enum=tidemark.v1.CallFate" json:"fate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RememberedCall) Reset() {
+	*x = RememberedCall{}
+	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RememberedCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RememberedCall) ProtoMessage() {}
+
+func (x *RememberedCall) ProtoReflect() protoreflect.Message {
+	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RememberedCall.ProtoReflect.Descriptor instead.
+func (*RememberedCall) Descriptor() ([]byte, []int) {
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *RememberedCall) GetCall() uint64 {
+	if x != nil {
+		return x.Call
+	}
+	return 0
+}
+
+func (x *RememberedCall) GetRequest() uint64 {
+	if x != nil {
+		return x.Request
+	}
+	return 0
+}
+
+func (x *RememberedCall) GetRun() uint64 {
+	if x != nil {
+		return x.Run
+	}
+	return 0
+}
+
+func (x *RememberedCall) GetAsked() uint64 {
+	if x != nil {
+		return x.Asked
+	}
+	return 0
+}
+
+func (x *RememberedCall) GetFate() CallFate {
+	if x != nil {
+		return x.Fate
+	}
+	return CallFate_CALL_FATE_UNSPECIFIED
+}
+
 // CancelledTarget is a run or a request that was cancelled.
 type CancelledTarget struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -568,7 +792,7 @@ type CancelledTarget struct {
 
 func (x *CancelledTarget) Reset() {
 	*x = CancelledTarget{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -580,7 +804,7 @@ func (x *CancelledTarget) String() string {
 func (*CancelledTarget) ProtoMessage() {}
 
 func (x *CancelledTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[3]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -593,7 +817,7 @@ func (x *CancelledTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelledTarget.ProtoReflect.Descriptor instead.
 func (*CancelledTarget) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{3}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CancelledTarget) GetRequestId() string {
@@ -628,7 +852,9 @@ type WorkItem struct {
 	// Set where it was redriven: the stream sequence in WORK of the item that was given up.
 	RedrivenFrom uint64 `protobuf:"varint,9,opt,name=redriven_from,json=redrivenFrom,proto3" json:"redriven_from,omitempty"`
 	// The run under way when the envelope was stored; empty for none, and for one without a name.
-	RunId         string    `protobuf:"bytes,10,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	RunId string `protobuf:"bytes,10,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	// The request_id of that run's start_run; empty where it had none.
+	RunRequestId  string    `protobuf:"bytes,11,opt,name=run_request_id,json=runRequestId,proto3" json:"run_request_id,omitempty"`
 	Envelope      *Envelope `protobuf:"bytes,15,opt,name=envelope,proto3" json:"envelope,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -636,7 +862,7 @@ type WorkItem struct {
 
 func (x *WorkItem) Reset() {
 	*x = WorkItem{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -648,7 +874,7 @@ func (x *WorkItem) String() string {
 func (*WorkItem) ProtoMessage() {}
 
 func (x *WorkItem) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[4]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -661,7 +887,7 @@ func (x *WorkItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkItem.ProtoReflect.Descriptor instead.
 func (*WorkItem) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{4}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *WorkItem) GetTenant() string {
@@ -734,6 +960,13 @@ func (x *WorkItem) GetRunId() string {
 	return ""
 }
 
+func (x *WorkItem) GetRunRequestId() string {
+	if x != nil {
+		return x.RunRequestId
+	}
+	return ""
+}
+
 func (x *WorkItem) GetEnvelope() *Envelope {
 	if x != nil {
 		return x.Envelope
@@ -754,7 +987,7 @@ type WorkBefore struct {
 
 func (x *WorkBefore) Reset() {
 	*x = WorkBefore{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -766,7 +999,7 @@ func (x *WorkBefore) String() string {
 func (*WorkBefore) ProtoMessage() {}
 
 func (x *WorkBefore) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[5]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -779,7 +1012,7 @@ func (x *WorkBefore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkBefore.ProtoReflect.Descriptor instead.
 func (*WorkBefore) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{5}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *WorkBefore) GetKind() uint32 {
@@ -816,7 +1049,7 @@ type DeadRecord struct {
 
 func (x *DeadRecord) Reset() {
 	*x = DeadRecord{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -828,7 +1061,7 @@ func (x *DeadRecord) String() string {
 func (*DeadRecord) ProtoMessage() {}
 
 func (x *DeadRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[6]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -841,7 +1074,7 @@ func (x *DeadRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeadRecord.ProtoReflect.Descriptor instead.
 func (*DeadRecord) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{6}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DeadRecord) GetGroup() string {
@@ -917,7 +1150,7 @@ type ProducerState struct {
 
 func (x *ProducerState) Reset() {
 	*x = ProducerState{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -929,7 +1162,7 @@ func (x *ProducerState) String() string {
 func (*ProducerState) ProtoMessage() {}
 
 func (x *ProducerState) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[7]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -942,7 +1175,7 @@ func (x *ProducerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProducerState.ProtoReflect.Descriptor instead.
 func (*ProducerState) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{7}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ProducerState) GetId() string {
@@ -992,7 +1225,7 @@ type ProducerRun struct {
 
 func (x *ProducerRun) Reset() {
 	*x = ProducerRun{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1004,7 +1237,7 @@ func (x *ProducerRun) String() string {
 func (*ProducerRun) ProtoMessage() {}
 
 func (x *ProducerRun) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[8]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1017,7 +1250,7 @@ func (x *ProducerRun) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProducerRun.ProtoReflect.Descriptor instead.
 func (*ProducerRun) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{8}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ProducerRun) GetProducerSeq() uint64 {
@@ -1062,7 +1295,7 @@ type SessionRecord struct {
 
 func (x *SessionRecord) Reset() {
 	*x = SessionRecord{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1074,7 +1307,7 @@ func (x *SessionRecord) String() string {
 func (*SessionRecord) ProtoMessage() {}
 
 func (x *SessionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[9]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1087,7 +1320,7 @@ func (x *SessionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionRecord.ProtoReflect.Descriptor instead.
 func (*SessionRecord) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{9}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SessionRecord) GetTenant() string {
@@ -1173,7 +1406,7 @@ type Projection struct {
 
 func (x *Projection) Reset() {
 	*x = Projection{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1185,7 +1418,7 @@ func (x *Projection) String() string {
 func (*Projection) ProtoMessage() {}
 
 func (x *Projection) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[10]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1198,7 +1431,7 @@ func (x *Projection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Projection.ProtoReflect.Descriptor instead.
 func (*Projection) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{10}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Projection) GetHolder() string {
@@ -1231,7 +1464,7 @@ type HandOver struct {
 
 func (x *HandOver) Reset() {
 	*x = HandOver{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1243,7 +1476,7 @@ func (x *HandOver) String() string {
 func (*HandOver) ProtoMessage() {}
 
 func (x *HandOver) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[11]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1256,7 +1489,7 @@ func (x *HandOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
 func (*HandOver) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{11}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *HandOver) GetTenant() string {
@@ -1307,7 +1540,7 @@ type HandOverRequest struct {
 
 func (x *HandOverRequest) Reset() {
 	*x = HandOverRequest{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1552,7 @@ func (x *HandOverRequest) String() string {
 func (*HandOverRequest) ProtoMessage() {}
 
 func (x *HandOverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[12]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1565,7 @@ func (x *HandOverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverRequest.ProtoReflect.Descriptor instead.
 func (*HandOverRequest) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{12}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HandOverRequest) GetExpectedSeq() uint64 {
@@ -1368,7 +1601,7 @@ type HandOverReply struct {
 
 func (x *HandOverReply) Reset() {
 	*x = HandOverReply{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1380,7 +1613,7 @@ func (x *HandOverReply) String() string {
 func (*HandOverReply) ProtoMessage() {}
 
 func (x *HandOverReply) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[13]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1393,7 +1626,7 @@ func (x *HandOverReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverReply.ProtoReflect.Descriptor instead.
 func (*HandOverReply) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{13}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *HandOverReply) GetResults() []*HandOverResult {
@@ -1428,7 +1661,7 @@ type HandOverResult struct {
 
 func (x *HandOverResult) Reset() {
 	*x = HandOverResult{}
-	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1440,7 +1673,7 @@ func (x *HandOverResult) String() string {
 func (*HandOverResult) ProtoMessage() {}
 
 func (x *HandOverResult) ProtoReflect() protoreflect.Message {
-	mi := &file_tidemark_v1_frame_proto_msgTypes[14]
+	mi := &file_tidemark_v1_frame_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1453,7 +1686,7 @@ func (x *HandOverResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOverResult.ProtoReflect.Descriptor instead.
 func (*HandOverResult) Descriptor() ([]byte, []int) {
-	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{14}
+	return file_tidemark_v1_frame_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HandOverResult) GetEpoch() string {
@@ -1540,7 +1773,7 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\braw_size\x18\t \x01(\rR\arawSize\x12\x18\n" +
 	"\adeleted\x18\n" +
 	" \x01(\bR\adeleted\x12\x16\n" +
-	"\x06frames\x18\v \x03(\x12R\x06frames\"\x97\a\n" +
+	"\x06frames\x18\v \x03(\x12R\x06frames\"\xb5\b\n" +
 	"\fSessionState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x19\n" +
 	"\bhead_seq\x18\x02 \x01(\x04R\aheadSeq\x12\x1d\n" +
@@ -1567,11 +1800,25 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\frun_attended\x18\x12 \x01(\bR\vrunAttended\x12$\n" +
 	"\x0erun_request_id\x18\x13 \x01(\tR\frunRequestId\x12:\n" +
 	"\tcancelled\x18\x14 \x03(\v2\x1c.tidemark.v1.CancelledTargetR\tcancelled\x12%\n" +
-	"\x0eanswered_calls\x18\x15 \x03(\x06R\ransweredCalls\"G\n" +
+	"\x0eanswered_calls\x18\x15 \x03(\x06R\ransweredCalls\x121\n" +
+	"\x05calls\x18\x16 \x03(\v2\x1b.tidemark.v1.RememberedCallR\x05calls\x124\n" +
+	"\n" +
+	"ended_runs\x18\x17 \x03(\v2\x15.tidemark.v1.EndedRunR\tendedRuns\x123\n" +
+	"\toverruled\x18\x18 \x01(\v2\x15.tidemark.v1.EndedRunR\toverruled\"i\n" +
+	"\bEndedRun\x12\x15\n" +
+	"\x06run_id\x18\x01 \x01(\tR\x05runId\x12+\n" +
+	"\x06status\x18\x02 \x01(\x0e2\x13.tidemark.v1.StatusR\x06status\x12\x19\n" +
+	"\bby_error\x18\x03 \x01(\bR\abyError\"\x91\x01\n" +
+	"\x0eRememberedCall\x12\x12\n" +
+	"\x04call\x18\x01 \x01(\x06R\x04call\x12\x18\n" +
+	"\arequest\x18\x02 \x01(\x06R\arequest\x12\x10\n" +
+	"\x03run\x18\x03 \x01(\x06R\x03run\x12\x14\n" +
+	"\x05asked\x18\x04 \x01(\x06R\x05asked\x12)\n" +
+	"\x04fate\x18\x05 \x01(\x0e2\x15.tidemark.v1.CallFateR\x04fate\"G\n" +
 	"\x0fCancelledTarget\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x15\n" +
-	"\x06run_id\x18\x02 \x01(\tR\x05runId\"\xf0\x02\n" +
+	"\x06run_id\x18\x02 \x01(\tR\x05runId\"\x96\x03\n" +
 	"\bWorkItem\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12\x14\n" +
@@ -1583,7 +1830,8 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\x06before\x18\b \x03(\v2\x17.tidemark.v1.WorkBeforeR\x06before\x12#\n" +
 	"\rredriven_from\x18\t \x01(\x04R\fredrivenFrom\x12\x15\n" +
 	"\x06run_id\x18\n" +
-	" \x01(\tR\x05runId\x121\n" +
+	" \x01(\tR\x05runId\x12$\n" +
+	"\x0erun_request_id\x18\v \x01(\tR\frunRequestId\x121\n" +
 	"\benvelope\x18\x0f \x01(\v2\x15.tidemark.v1.EnvelopeR\benvelope\";\n" +
 	"\n" +
 	"WorkBefore\x12\x12\n" +
@@ -1654,7 +1902,12 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\vCompression\x12\x1b\n" +
 	"\x17COMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10COMPRESSION_NONE\x10\x01\x12\x12\n" +
-	"\x0eCOMPRESSION_S2\x10\x02B\x18Z\x16tidemark/schema;schemab\x06proto3"
+	"\x0eCOMPRESSION_S2\x10\x02*j\n" +
+	"\bCallFate\x12\x19\n" +
+	"\x15CALL_FATE_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eCALL_FATE_OPEN\x10\x01\x12\x16\n" +
+	"\x12CALL_FATE_ANSWERED\x10\x02\x12\x17\n" +
+	"\x13CALL_FATE_CANCELLED\x10\x03B\x18Z\x16tidemark/schema;schemab\x06proto3"
 
 var (
 	file_tidemark_v1_frame_proto_rawDescOnce sync.Once
@@ -1668,66 +1921,74 @@ func file_tidemark_v1_frame_proto_rawDescGZIP() []byte {
 	return file_tidemark_v1_frame_proto_rawDescData
 }
 
-var file_tidemark_v1_frame_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_tidemark_v1_frame_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_tidemark_v1_frame_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_tidemark_v1_frame_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_tidemark_v1_frame_proto_goTypes = []any{
 	(Compression)(0),              // 0: tidemark.v1.Compression
-	(*Frame)(nil),                 // 1: tidemark.v1.Frame
-	(*Page)(nil),                  // 2: tidemark.v1.Page
-	(*SessionState)(nil),          // 3: tidemark.v1.SessionState
-	(*CancelledTarget)(nil),       // 4: tidemark.v1.CancelledTarget
-	(*WorkItem)(nil),              // 5: tidemark.v1.WorkItem
-	(*WorkBefore)(nil),            // 6: tidemark.v1.WorkBefore
-	(*DeadRecord)(nil),            // 7: tidemark.v1.DeadRecord
-	(*ProducerState)(nil),         // 8: tidemark.v1.ProducerState
-	(*ProducerRun)(nil),           // 9: tidemark.v1.ProducerRun
-	(*SessionRecord)(nil),         // 10: tidemark.v1.SessionRecord
-	(*Projection)(nil),            // 11: tidemark.v1.Projection
-	(*HandOver)(nil),              // 12: tidemark.v1.HandOver
-	(*HandOverRequest)(nil),       // 13: tidemark.v1.HandOverRequest
-	(*HandOverReply)(nil),         // 14: tidemark.v1.HandOverReply
-	(*HandOverResult)(nil),        // 15: tidemark.v1.HandOverResult
-	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
-	(SessionKind)(0),              // 17: tidemark.v1.SessionKind
-	(*Envelope)(nil),              // 18: tidemark.v1.Envelope
-	(Status)(0),                   // 19: tidemark.v1.Status
-	(Code)(0),                     // 20: tidemark.v1.Code
+	(CallFate)(0),                 // 1: tidemark.v1.CallFate
+	(*Frame)(nil),                 // 2: tidemark.v1.Frame
+	(*Page)(nil),                  // 3: tidemark.v1.Page
+	(*SessionState)(nil),          // 4: tidemark.v1.SessionState
+	(*EndedRun)(nil),              // 5: tidemark.v1.EndedRun
+	(*RememberedCall)(nil),        // 6: tidemark.v1.RememberedCall
+	(*CancelledTarget)(nil),       // 7: tidemark.v1.CancelledTarget
+	(*WorkItem)(nil),              // 8: tidemark.v1.WorkItem
+	(*WorkBefore)(nil),            // 9: tidemark.v1.WorkBefore
+	(*DeadRecord)(nil),            // 10: tidemark.v1.DeadRecord
+	(*ProducerState)(nil),         // 11: tidemark.v1.ProducerState
+	(*ProducerRun)(nil),           // 12: tidemark.v1.ProducerRun
+	(*SessionRecord)(nil),         // 13: tidemark.v1.SessionRecord
+	(*Projection)(nil),            // 14: tidemark.v1.Projection
+	(*HandOver)(nil),              // 15: tidemark.v1.HandOver
+	(*HandOverRequest)(nil),       // 16: tidemark.v1.HandOverRequest
+	(*HandOverReply)(nil),         // 17: tidemark.v1.HandOverReply
+	(*HandOverResult)(nil),        // 18: tidemark.v1.HandOverResult
+	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(SessionKind)(0),              // 20: tidemark.v1.SessionKind
+	(*Envelope)(nil),              // 21: tidemark.v1.Envelope
+	(Status)(0),                   // 22: tidemark.v1.Status
+	(Code)(0),                     // 23: tidemark.v1.Code
 }
 var file_tidemark_v1_frame_proto_depIdxs = []int32{
-	16, // 0: tidemark.v1.Frame.time:type_name -> google.protobuf.Timestamp
-	17, // 1: tidemark.v1.Frame.kind:type_name -> tidemark.v1.SessionKind
-	18, // 2: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
-	3,  // 3: tidemark.v1.Page.state:type_name -> tidemark.v1.SessionState
+	19, // 0: tidemark.v1.Frame.time:type_name -> google.protobuf.Timestamp
+	20, // 1: tidemark.v1.Frame.kind:type_name -> tidemark.v1.SessionKind
+	21, // 2: tidemark.v1.Frame.envelopes:type_name -> tidemark.v1.Envelope
+	4,  // 3: tidemark.v1.Page.state:type_name -> tidemark.v1.SessionState
 	0,  // 4: tidemark.v1.Page.compression:type_name -> tidemark.v1.Compression
-	17, // 5: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
-	19, // 6: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
-	8,  // 7: tidemark.v1.SessionState.producers:type_name -> tidemark.v1.ProducerState
-	16, // 8: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
-	16, // 9: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
-	16, // 10: tidemark.v1.SessionState.progressed:type_name -> google.protobuf.Timestamp
-	16, // 11: tidemark.v1.SessionState.prompt_deadline:type_name -> google.protobuf.Timestamp
-	4,  // 12: tidemark.v1.SessionState.cancelled:type_name -> tidemark.v1.CancelledTarget
-	16, // 13: tidemark.v1.WorkItem.stored:type_name -> google.protobuf.Timestamp
-	6,  // 14: tidemark.v1.WorkItem.before:type_name -> tidemark.v1.WorkBefore
-	18, // 15: tidemark.v1.WorkItem.envelope:type_name -> tidemark.v1.Envelope
-	5,  // 16: tidemark.v1.DeadRecord.item:type_name -> tidemark.v1.WorkItem
-	16, // 17: tidemark.v1.DeadRecord.time:type_name -> google.protobuf.Timestamp
-	16, // 18: tidemark.v1.DeadRecord.redriven:type_name -> google.protobuf.Timestamp
-	9,  // 19: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
-	17, // 20: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
-	19, // 21: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
-	16, // 22: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
-	16, // 23: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
-	13, // 24: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
-	17, // 25: tidemark.v1.HandOverRequest.kind:type_name -> tidemark.v1.SessionKind
-	18, // 26: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
-	15, // 27: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
-	20, // 28: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
-	29, // [29:29] is the sub-list for method output_type
-	29, // [29:29] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	20, // 5: tidemark.v1.SessionState.kind:type_name -> tidemark.v1.SessionKind
+	22, // 6: tidemark.v1.SessionState.status:type_name -> tidemark.v1.Status
+	11, // 7: tidemark.v1.SessionState.producers:type_name -> tidemark.v1.ProducerState
+	19, // 8: tidemark.v1.SessionState.created:type_name -> google.protobuf.Timestamp
+	19, // 9: tidemark.v1.SessionState.updated:type_name -> google.protobuf.Timestamp
+	19, // 10: tidemark.v1.SessionState.progressed:type_name -> google.protobuf.Timestamp
+	19, // 11: tidemark.v1.SessionState.prompt_deadline:type_name -> google.protobuf.Timestamp
+	7,  // 12: tidemark.v1.SessionState.cancelled:type_name -> tidemark.v1.CancelledTarget
+	6,  // 13: tidemark.v1.SessionState.calls:type_name -> tidemark.v1.RememberedCall
+	5,  // 14: tidemark.v1.SessionState.ended_runs:type_name -> tidemark.v1.EndedRun
+	5,  // 15: tidemark.v1.SessionState.overruled:type_name -> tidemark.v1.EndedRun
+	22, // 16: tidemark.v1.EndedRun.status:type_name -> tidemark.v1.Status
+	1,  // 17: tidemark.v1.RememberedCall.fate:type_name -> tidemark.v1.CallFate
+	19, // 18: tidemark.v1.WorkItem.stored:type_name -> google.protobuf.Timestamp
+	9,  // 19: tidemark.v1.WorkItem.before:type_name -> tidemark.v1.WorkBefore
+	21, // 20: tidemark.v1.WorkItem.envelope:type_name -> tidemark.v1.Envelope
+	8,  // 21: tidemark.v1.DeadRecord.item:type_name -> tidemark.v1.WorkItem
+	19, // 22: tidemark.v1.DeadRecord.time:type_name -> google.protobuf.Timestamp
+	19, // 23: tidemark.v1.DeadRecord.redriven:type_name -> google.protobuf.Timestamp
+	12, // 24: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
+	20, // 25: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
+	22, // 26: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
+	19, // 27: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
+	19, // 28: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
+	16, // 29: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
+	20, // 30: tidemark.v1.HandOverRequest.kind:type_name -> tidemark.v1.SessionKind
+	21, // 31: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
+	18, // 32: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
+	23, // 33: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
+	34, // [34:34] is the sub-list for method output_type
+	34, // [34:34] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_frame_proto_init() }
@@ -1737,15 +1998,15 @@ func file_tidemark_v1_frame_proto_init() {
 	}
 	file_tidemark_v1_envelope_proto_init()
 	file_tidemark_v1_wire_proto_init()
-	file_tidemark_v1_frame_proto_msgTypes[6].OneofWrappers = []any{}
-	file_tidemark_v1_frame_proto_msgTypes[12].OneofWrappers = []any{}
+	file_tidemark_v1_frame_proto_msgTypes[8].OneofWrappers = []any{}
+	file_tidemark_v1_frame_proto_msgTypes[14].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tidemark_v1_frame_proto_rawDesc), len(file_tidemark_v1_frame_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   15,
+			NumEnums:      2,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -178,6 +178,8 @@ const (
 	Code_CODE_CANCELLED            Code = 31
 	Code_CODE_WORK_LOST            Code = 32
 	Code_CODE_WORK_NOT_FOUND       Code = 33
+	// The run has ended, and does so once.
+	Code_CODE_RUN_ENDED Code = 34
 )
 
 // Enum value maps for Code.
@@ -217,6 +219,7 @@ var (
 		31: "CODE_CANCELLED",
 		32: "CODE_WORK_LOST",
 		33: "CODE_WORK_NOT_FOUND",
+		34: "CODE_RUN_ENDED",
 	}
 	Code_value = map[string]int32{
 		"CODE_UNSPECIFIED":          0,
@@ -253,6 +256,7 @@ var (
 		"CODE_CANCELLED":            31,
 		"CODE_WORK_LOST":            32,
 		"CODE_WORK_NOT_FOUND":       33,
+		"CODE_RUN_ENDED":            34,
 	}
 )
 
@@ -3238,7 +3242,7 @@ func (x *WorkCancelled) GetReason() string {
 	return ""
 }
 
-// Heartbeat says that this connection keeps a run alive. It lasts as long as the connection, and need not be repeated on it. Who publishes start_run or run_status as an agent or a worker, and who holds a
+// Heartbeat says that this connection keeps a run alive. It lasts as long as the connection, and need not be repeated on it. Who publishes start_run or run_status as an agent, a worker or an admin, and who holds a
 // start_run as work, keeps the run without saying so.
 type Heartbeat struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -3594,7 +3598,7 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\x15RECONNECT_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fRECONNECT_NO\x10\x01\x12\x19\n" +
 	"\x15RECONNECT_SAME_CURSOR\x10\x02\x12\x17\n" +
-	"\x13RECONNECT_BEGINNING\x10\x03*\xc0\x06\n" +
+	"\x13RECONNECT_BEGINNING\x10\x03*\xd4\x06\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14CODE_INVALID_MESSAGE\x10\x01\x12\x15\n" +
@@ -3630,7 +3634,8 @@ const file_tidemark_v1_wire_proto_rawDesc = "" +
 	"\x15CODE_ALREADY_ANSWERED\x10\x1e\x12\x12\n" +
 	"\x0eCODE_CANCELLED\x10\x1f\x12\x12\n" +
 	"\x0eCODE_WORK_LOST\x10 \x12\x17\n" +
-	"\x13CODE_WORK_NOT_FOUND\x10!B\x18Z\x16tidemark/schema;schemab\x06proto3"
+	"\x13CODE_WORK_NOT_FOUND\x10!\x12\x12\n" +
+	"\x0eCODE_RUN_ENDED\x10\"B\x18Z\x16tidemark/schema;schemab\x06proto3"
 
 var (
 	file_tidemark_v1_wire_proto_rawDescOnce sync.Once

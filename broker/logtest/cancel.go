@@ -162,3 +162,90 @@ func answeredOnce(w, a, b *world) {
 	}
 	w.refused(schema.Code_CODE_ALREADY_ANSWERED, broker.Submission{Envelopes: []schema.Accepted{by(asAgent, "both", resultOf("c")), by(asAgent, "both", resultOf("c"))}})
 }
+
+func callOf(call string) *schema.Envelope {
+	return &schema.Envelope{Payload: &schema.Envelope_ToolCall{ToolCall: &schema.ToolCall{CallId: call, Name: "ls"}}}
+}
+
+// again opens the log anew where that is possible, and has projections catch up before: what is remembered has to be in a page.
+func (w *world) again() {
+	w.settle()
+	if w.in.Restart != nil {
+		w.log = w.in.Restart(w.T)
+	}
+}
+
+// testCallsNamedAnew has a model name its calls alike in every turn, with a request and without: each time there is one result, under whatever request a second one comes.
+func testCallsNamedAnew(w *world) {
+	for _, request := range []string{"r", ""} {
+		for turn := range 3 {
+			w.publish(by(asAgent, request, callOf("call_0")))
+			if turn == 1 {
+				w.again()
+			}
+			won := by(asAgent, request, resultOf("call_0"))
+			place := w.publish(won)
+			if r := w.publish(won); !r.Duplicate || r.First != place.First {
+				w.Errorf("request %q, turn %d: the result sent again is answered with %+v", request, turn, r)
+			}
+			for _, late := range []string{"r", "made up", ""} {
+				w.refused(schema.Code_CODE_ALREADY_ANSWERED, one(by(asAgent, late, resultOf("call_0"))))
+			}
+		}
+	}
+	w.publish(by(asAgent, "never seen", resultOf("call_9")))
+}
+
+// testCancelledCalls cancels a run in each way that there is. The calls that were open in it have no result, whatever their own request is and whether or not the result names it; a person may still give one.
+func testCancelledCalls(w *world) {
+	for name, cancel := range map[string]schema.Accepted{"the run": CancelRun("r"), "its request": CancelRequest("q"), "the session": Cancel()} {
+		v := w.of(ID(name))
+		v.publish(Created(chat, ""), by(asUser, "q", startOf("r")), by(asAgent, "q", callOf("c1")), by(asAgent, "own", callOf("c2")), by(asAgent, "", callOf("c3")), by(asAgent, "", callOf("done")))
+		v.publish(by(asAgent, "", resultOf("done")))
+		v.publish(cancel)
+		v.again()
+		w.log = v.log
+		v.refused(schema.Code_CODE_ALREADY_ANSWERED, one(by(asAgent, "", resultOf("done"))))
+		for _, call := range []string{"c1", "c2", "c3"} {
+			for _, request := range []string{"", "q", "own", "made up"} {
+				v.refused(schema.Code_CODE_CANCELLED, one(by(asAgent, request, resultOf(call))))
+			}
+		}
+		v.publish(by(asUser, "own", resultOf("c2")))
+		v.publish(by(asUser, "n", startOf("next")), by(asAgent, "", callOf("c3")), by(asAgent, "", resultOf("c3")))
+	}
+}
+
+// testRunEndsOnce says of runs that have ended that they end, and that they go on: it is refused, also long after and after a restart, until they are started again. What ended them may be sent again.
+func testRunEndsOnce(w *world) {
+	end := RunStatusOf("r", completed)
+	w.publish(Created(chat, ""), StartRun("r"))
+	place := w.publish(end)
+	w.publish(StartRun("s"), CancelRun("s"))
+	w.ended(6, 5, "s", "enough of s")
+	w.again()
+	if r := w.publish(end); !r.Duplicate || r.First != place.First {
+		w.Errorf("the end that is sent again is answered with %+v", r)
+	}
+	for run, code := range map[string]schema.Code{"r": schema.Code_CODE_RUN_ENDED, "s": schema.Code_CODE_CANCELLED} {
+		for _, status := range []schema.Status{completed, failed, cancelled, running, waiting} {
+			w.refused(code, one(RunStatusOf(run, status)))
+		}
+	}
+	w.refused(schema.Code_CODE_RUN_ENDED, broker.Submission{Envelopes: []schema.Accepted{StartRun("t"), RunStatusOf("t", failed), RunStatusOf("t", completed)}})
+	// The agent of the run that was cancelled would close the chat with its last word.
+	w.refused(schema.Code_CODE_RUN_ENDED, one(by(asAgent, "", &schema.Envelope{Payload: &schema.Envelope_RunStatus{RunStatus: &schema.RunStatus{Status: failed}}})))
+	w.publish(StartRun("r"), RunStatusOf("r", running), RunStatusOf("r", failed))
+	for i := range 64 {
+		run := fmt.Sprint("run ", i)
+		w.publish(StartRun(run), RunStatusOf(run, completed))
+	}
+	w.again()
+	for i := range 64 {
+		w.refused(schema.Code_CODE_RUN_ENDED, one(RunStatusOf(fmt.Sprint("run ", i), failed)))
+	}
+	w.publish(RunStatusOf("r", failed)) // of so long ago that it is forgotten
+	if s := w.session().GetStatus(); s != open {
+		w.Errorf("behind it, the chat is %s", s)
+	}
+}

@@ -330,6 +330,34 @@ func TestCall(t *testing.T) {
 		if o := <-over; schema.CodeOf(o.err) != schema.Code_CODE_CANCELLED || !strings.Contains(o.err.Error(), "enough") {
 			t.Errorf("cancelled: %v, %v", o.r, o.err)
 		}
+		// So does the cancel of the run in which it was called, not that of another.
+		say := func(e *schema.Envelope) {
+			w.must(answer.Publish(w.Context(), e))
+			w.must(answer.Flush(w.Context()))
+		}
+		start := func(run string) {
+			say(&schema.Envelope{Payload: &schema.Envelope_StartRun{StartRun: &schema.StartRun{RunId: run}}})
+		}
+		stopRun := func(run string) {
+			say(&schema.Envelope{Payload: &schema.Envelope_Cancel{Cancel: &schema.Cancel{Target: &schema.Cancel_RunId{RunId: run}, Reason: "enough of " + run}}})
+		}
+		start("r")
+		over = call(w.Context(), &schema.ToolCall{Name: "stopped"})
+		asked()
+		stopRun("another")
+		stopRun("r")
+		if o := <-over; schema.CodeOf(o.err) != schema.Code_CODE_CANCELLED || !strings.Contains(o.err.Error(), "enough of r") {
+			t.Errorf("its run was cancelled: %v, %v", o.r, o.err)
+		}
+		start("s")
+		over = call(w.Context(), &schema.ToolCall{CallId: "c", Name: "ls"})
+		e = asked()
+		start("t")
+		stopRun("t")
+		result(e.GetRequestId(), "c", `"after all"`)
+		if o := <-over; o.err != nil || o.r.GetResultJson() != `"after all"` {
+			t.Errorf("another run was cancelled: %v, %v", o.r, o.err)
+		}
 		if _, err := c.Call(w.Context(), "s", &schema.ToolCall{CallId: strings.Repeat("c", 201)}); schema.CodeOf(err) != schema.Code_CODE_INVALID_MESSAGE {
 			t.Errorf("a call_id that is too long: %v", err)
 		}

@@ -64,7 +64,12 @@ func (p *pending) noteRun(a *schema.Accepted) {
 		return
 	}
 	c := p.c
-	if c.g.cfg.Runs == nil || c.principal.Role != schema.Role_ROLE_AGENT && c.principal.Role != schema.Role_ROLE_WORKER {
+	if c.g.cfg.Runs == nil {
+		return
+	}
+	switch c.principal.Role {
+	case schema.Role_ROLE_AGENT, schema.Role_ROLE_WORKER, schema.Role_ROLE_ADMIN:
+	default:
 		return
 	}
 	change, ok := changeOf(a.Kind, a.Payload)

@@ -40,7 +40,7 @@ func (p *peer) put(session string, envelopes ...*schema.Envelope) {
 	want[*schema.ServerFrame_Published](p)
 }
 
-// TestRunsArePublished: an agent's connection keeps the runs that it starts and goes on with, from before their publish is acknowledged until they end there, or the connection does.
+// TestRunsArePublished: the connection of an agent, a worker or an admin keeps the runs that it starts and goes on with, from before their publish is acknowledged until they end there, or the connection does.
 func TestRunsArePublished(t *testing.T) {
 	working(t, nil, func(w *world, q *worktest.Queue) {
 		p, worker := w.agent(), w.connect(principal("worker", "*"))
@@ -71,6 +71,16 @@ func TestRunsArePublished(t *testing.T) {
 		p.put("f", statusOf("", schema.Status_STATUS_CANCELLED))
 		w.wantKept(q, "b/r2")
 		worker.leave()
+		w.wantKept(q)
+
+		// An admin's connection keeps them as well: the backend of a desktop application has no other token.
+		admin := w.connect(principal("admin", "*"))
+		admin.put("a", startOf("r1"))
+		admin.put("c", statusOf("", schema.Status_STATUS_RUNNING))
+		w.wantKept(q, "a/r1", "c/")
+		admin.put("a", statusOf("r1", schema.Status_STATUS_COMPLETED))
+		w.wantKept(q, "c/")
+		admin.leave()
 		w.wantKept(q)
 	})
 }

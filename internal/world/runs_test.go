@@ -170,6 +170,34 @@ func TestI10_AgentDisappears(t *testing.T) {
 	})
 }
 
+// TestI10_AgentComesBackTooLate: the run of an agent that was gone for too long has its end. What the agent says of it when it is back, by whatever way and under the run's name or none, is refused, and the chat stays open; started again, the run may end again.
+func TestI10_AgentComesBackTooLate(t *testing.T) {
+	Run(t, Config{Durability: schema.Durability_DURABILITY_OS}, func(w *World) {
+		w.settled()
+		for i, way := range []Way{ProtoSocket, JSONSocket, GRPC} {
+			session := "late by " + way.String()
+			agent := w.Join(w.Edge(i%2), way, session)
+			agent.Put(session, startRun("r"), Token("so "))
+			agent.Cut()
+			w.Sleep(65 * time.Second)
+			w.Edge(0).wantFailed(session, "r", "whose agent was cut off")
+			again := w.Join(w.Edge(1-i%2), way, session)
+			for _, late := range []*schema.Envelope{
+				runStatus("r", schema.Status_STATUS_COMPLETED), runStatus("r", schema.Status_STATUS_RUNNING), runStatus("", schema.Status_STATUS_COMPLETED),
+			} {
+				again.WantRejected(again.Publish(session, late), schema.Code_CODE_RUN_ENDED)
+			}
+			s, err := w.Edge(0).Log.Session(w.T().Context(), Session(session))
+			w.must(err)
+			if s.GetStatus() != schema.Status_STATUS_OPEN || s.GetHeadSeq() != 4 {
+				t.Errorf("session %q is %v", session, s)
+			}
+			again.Put(session, startRun("r"), runStatus("r", schema.Status_STATUS_COMPLETED))
+			again.Close()
+		}
+	})
+}
+
 // TestI10_EveryEdgeDies: the run is failed though no edge is left, and though those die without a word.
 func TestI10_EveryEdgeDies(t *testing.T) {
 	Run(t, Config{Durability: schema.Durability_DURABILITY_OS}, func(w *World) {

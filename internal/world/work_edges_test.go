@@ -68,6 +68,41 @@ func TestI7_AGroupIsDeletedForAllEdges(t *testing.T) {
 	})
 }
 
+// TestI10_CancelledCallsHaveNoResult: of each call whose worker is told to stop, whatever the cancel names, the session takes no result of a worker any more; and of no other.
+func TestI10_CancelledCallsHaveNoResult(t *testing.T) {
+	for what, cancel := range map[string]*schema.Cancel{
+		"run":     {Target: &schema.Cancel_RunId{RunId: "r"}},
+		"request": {Target: &schema.Cancel_RequestId{RequestId: "q"}},
+		"session": {Target: &schema.Cancel_Session{Session: true}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			Run(t, Config{Latency: time.Millisecond}, func(w *World) {
+				agent, user := w.Join(w.Edge(0), ProtoSocket, "s"), w.joinAs(w.Edge(1), ProtoSocket, "s", "ana")
+				p := w.Hire(w.Edge(0), ProtoSocket, "s", &schema.WorkSubscribe{Group: "g", Kinds: []string{"tool_call"}, Sessions: []string{"s"}, Credit: 9, AckWaitMs: 60_000})
+				start, asked, nameless, before := startRun("r"), callOf("c1"), callOf("c3"), callOf("before")
+				start.RequestId, asked.RequestId, nameless.RequestId = "q", "q", ""
+				agent.Put("s", before, start, asked, callOf("c2"), nameless)
+				items := p.WantWork(4)
+				w.Sleep(time.Second)
+				user.Put("s", cancelOf(cancel))
+				for i, it := range items {
+					name := it.GetEnvelope().GetToolCall().GetCallId()
+					if i > 0 || what == "session" {
+						p.WantWorkCancelled(it)
+					}
+					late := &schema.Envelope{Payload: &schema.Envelope_ToolResult{ToolResult: &schema.ToolResult{CallId: name}}}
+					if i > 0 || what == "session" {
+						p.WantRejected(p.Publish("s", late), schema.Code_CODE_CANCELLED)
+					} else {
+						p.Put("s", late)
+					}
+					p.AckWork(it)
+				}
+			})
+		})
+	}
+}
+
 // TestI7_OverTheEdges: a worker by every way is handed items as far as its credit goes, settles them, is told within 50 ms of a cancel that came through another edge, and leaves what it holds to a worker elsewhere when its connection is cut.
 func TestI7_OverTheEdges(t *testing.T) {
 	for _, way := range WorkWays() {
