@@ -2,6 +2,7 @@ package broker_test
 
 import (
 	"context"
+	"log/slog"
 	"testing"
 	"time"
 
@@ -30,6 +31,11 @@ func newSubstrate(t *testing.T) *substrate {
 
 func (s *substrate) server() broker.Server { return broker.Server{InProcess: s.node, Name: "test"} }
 
+// logger says, where a test fails, what was in the way.
+func (s *substrate) logger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(s.t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
+}
+
 func (s *substrate) start() {
 	node, err := natsd.Start(natsd.Config{DataDir: s.dir, Durability: s.layout.Durability})
 	if err != nil {
@@ -37,7 +43,7 @@ func (s *substrate) start() {
 	}
 	s.node = node
 	// The model has no watchdog: a run may be without its agent for longer than any comparison takes.
-	b, err := broker.NewBroker(broker.BrokerConfig{Server: s.server(), Layout: s.layout, Name: "broker", OrphanAfter: 10_000 * time.Hour})
+	b, err := broker.NewBroker(broker.BrokerConfig{Logger: s.logger(), Server: s.server(), Layout: s.layout, Name: "broker", OrphanAfter: 10_000 * time.Hour})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -83,7 +89,7 @@ func (s *substrate) stop() {
 // open opens an edge's log, ready.
 func (s *substrate) open() *broker.JetStreamLog {
 	s.t.Helper()
-	cfg := broker.Config{Server: s.server()}
+	cfg := broker.Config{Logger: s.logger(), Server: s.server()}
 	if s.config != nil {
 		s.config(&cfg)
 	}
