@@ -186,10 +186,10 @@ func (w *toil) workers(ctx context.Context, r *rand.Rand, edges []string) {
 	}
 }
 
-// takers are processes that print what they take, and are killed.
+// takers are processes that print what they take, and are killed. They may be the first of the group, and name what it takes as the workers do.
 func (w *toil) takers(ctx context.Context) {
 	for ctx.Err() == nil {
-		p := spawn(w.t, "work", "take", toilGroup, "--data-dir", w.dir, "--edge", "grpc://"+w.overGRPC.addr)
+		p := spawn(w.t, "work", "take", toilGroup, "--kinds", "tool_call", "--data-dir", w.dir, "--edge", "grpc://"+w.overGRPC.addr)
 		over := time.NewTimer(2 * time.Second)
 		for reading := true; reading; {
 			select {
