@@ -123,8 +123,10 @@ func parseFrame(data []byte) (*frame, error) {
 	switch {
 	case records != f.Count:
 		return nil, badFrame(fmt.Errorf("it says %d envelopes and holds %d", f.Count, records))
-	case f.Epoch == "" || !f.Deleted && (f.First == 0 || f.Count == 0):
+	case f.Epoch == "" || !f.Deleted && f.Count == 0:
 		return nil, badFrame(fmt.Errorf("it has no epoch or no envelopes"))
+	case f.First == 0 || f.First+uint64(f.Count) < f.First:
+		return nil, badFrame(fmt.Errorf("its seqs cannot be: %d envelopes from %d on", f.Count, f.First))
 	}
 	return f, nil
 }
