@@ -126,7 +126,11 @@ func (b *Broker) Ready() error {
 func (b *Broker) prepare(ctx context.Context, nc *connection, js jetstream.JetStream) (jetstream.KeyValue, error) {
 	var retry backoff
 	for said := false; ; said = true {
-		kv, err := b.layOut(ctx, js)
+		var kv jetstream.KeyValue
+		err := nc.ask(ctx, func(asking context.Context) (err error) {
+			kv, err = b.layOut(asking, js)
+			return err
+		})
 		if err == nil {
 			return kv, nil
 		}
@@ -158,9 +162,9 @@ func passing(err error) bool {
 	return false
 }
 
+// layOut creates what is missing, and may be called again after any error. ctx is without a deadline, so that the client library gives each request its own 5 s: how long they take together depends on the disk, but an answer
+// that got lost on the way should be missed soon.
 func (b *Broker) layOut(ctx context.Context, js jetstream.JetStream) (jetstream.KeyValue, error) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
 	if err := b.cfg.Layout.fits(ctx, js); err != nil {
 		return nil, err
 	}

@@ -59,20 +59,19 @@ func startAt(seq uint64) jetstream.ConsumerConfig {
 
 // open makes a consumer behind what was read.
 func (o *ordered) open(ctx context.Context) error {
-	asking, cancel := context.WithTimeout(ctx, getTimeout)
+	limited, cancel := context.WithTimeout(ctx, getTimeout)
 	defer cancel()
-	asking, stop := o.nc.untilLost(asking)
-	defer stop()
 	cfg := o.first
 	if o.read {
 		cfg = startAt(o.at + 1)
 	}
 	cfg.AckPolicy, cfg.MaxDeliver, cfg.MemoryStorage, cfg.Replicas, cfg.InactiveThreshold = jetstream.AckNonePolicy, 1, true, 1, orderedTTL
-	cons, err := o.stream.CreateConsumer(asking, cfg)
+	var cons jetstream.Consumer
+	err := o.nc.ask(limited, func(asking context.Context) (err error) {
+		cons, err = o.stream.CreateConsumer(asking, cfg)
+		return err
+	})
 	if err != nil {
-		if cause := context.Cause(asking); cause != nil {
-			err = cause
-		}
 		return err
 	}
 	it, err := cons.Messages(o.pull...)
@@ -166,15 +165,14 @@ func (o *ordered) reopen(ctx context.Context, by time.Time) error {
 
 // sound reports a stream that went back, or is not there. A consumer would wait for what is to come behind its place.
 func (o *ordered) sound(ctx context.Context) error {
-	asking, cancel := context.WithTimeout(ctx, getTimeout)
+	limited, cancel := context.WithTimeout(ctx, getTimeout)
 	defer cancel()
-	asking, stop := o.nc.untilLost(asking)
-	defer stop()
-	info, err := o.stream.Info(asking)
+	var info *jetstream.StreamInfo
+	err := o.nc.ask(limited, func(asking context.Context) (err error) {
+		info, err = o.stream.Info(asking)
+		return err
+	})
 	if err != nil {
-		if cause := context.Cause(asking); cause != nil {
-			err = cause
-		}
 		return err
 	}
 	if info.State.LastSeq < o.at {
@@ -195,15 +193,14 @@ func (o *ordered) left(ctx context.Context) (uint64, error) {
 	if o.it == nil {
 		return 0, errLost
 	}
-	asking, cancel := context.WithTimeout(ctx, storeTimeout)
+	limited, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	asking, stop := o.nc.untilLost(asking)
-	defer stop()
-	info, err := o.cons.Info(asking)
+	var info *jetstream.ConsumerInfo
+	err := o.nc.ask(limited, func(asking context.Context) (err error) {
+		info, err = o.cons.Info(asking)
+		return err
+	})
 	if err != nil {
-		if cause := context.Cause(asking); cause != nil {
-			err = cause
-		}
 		return 0, err
 	}
 	return info.NumPending, nil

@@ -68,6 +68,17 @@ func (c *connection) untilLost(ctx context.Context) (asking context.Context, sto
 	}
 }
 
+// ask does what asks NATS something, for as long as ctx and the connection as it is now last. Where one of them ended it, the error is the cause: errLost, or ctx's.
+func (c *connection) ask(ctx context.Context, do func(asking context.Context) error) error {
+	asking, stop := c.untilLost(ctx)
+	defer stop()
+	err := do(asking)
+	if err != nil && context.Cause(asking) != nil {
+		return context.Cause(asking)
+	}
+	return err
+}
+
 // roundTrip makes a request and waits for its answer until ctx ends or the connection is lost. Whether the request was carried out is not known after an error.
 func (c *connection) roundTrip(ctx context.Context, m *nats.Msg) (*nats.Msg, error) {
 	asking, stop := c.untilLost(ctx)

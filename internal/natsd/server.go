@@ -15,6 +15,7 @@ import (
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats-server/v2/server/ats"
+	"github.com/nats-io/nats.go"
 
 	"tidemark/schema"
 )
@@ -107,20 +108,55 @@ func start(c Config) (*Server, error) {
 		timeout = 2 * time.Minute
 	}
 	ns.Start()
-	if log.failed() == "" && ns.ReadyForConnections(timeout) {
-		s := &Server{lock: c.Lock, ns: ns, log: logger, over: make(chan struct{}), ask: make(chan struct{}, 1)}
-		s.ask <- struct{}{}
-		if c.User != "" {
-			s.user = url.UserPassword(c.User, c.Password)
+	began := time.Now()
+	ready := log.failed() == "" && ns.ReadyForConnections(timeout)
+	switch {
+	case log.failed() != "":
+		err = errors.New("did not start: " + log.failed())
+	case !ready:
+		err = fmt.Errorf("was not ready after %s", timeout)
+	default:
+		err = firstRequest(ns, c, timeout-time.Since(began))
+	}
+	if err != nil {
+		ns.Shutdown()
+		ns.WaitForShutdown()
+		return nil, fmt.Errorf("natsd: the embedded NATS server %w", err)
+	}
+	s := &Server{lock: c.Lock, ns: ns, log: logger, over: make(chan struct{}), ask: make(chan struct{}, 1)}
+	s.ask <- struct{}{}
+	if c.User != "" {
+		s.user = url.UserPassword(c.User, c.Password)
+	}
+	return s, nil
+}
+
+// firstRequest asks JetStream something and waits for the answer. The first request of an account makes the way back for the answers of all, and one that comes while the server is about it is answered into the void
+// (nats-server, accounts.go, newServiceReply: the way is announced before its subscription is there), so whoever uses the server should not be the first. Where a client that knew the port came before us, it is asked again.
+func firstRequest(ns *server.Server, c Config, timeout time.Duration) error {
+	opts := []nats.Option{nats.InProcessServer(ns), nats.NoReconnect(), nats.Name("tidemark start")}
+	if c.User != "" {
+		opts = append(opts, nats.UserInfo(c.User, c.Password))
+	}
+	nc, err := nats.Connect("", opts...)
+	if err != nil {
+		return fmt.Errorf("takes no connection: %w", err)
+	}
+	defer nc.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), timeout) //nolint:forbidigo // whoever starts a server says how long, not when to stop
+	defer cancel()
+	for {
+		one, cancel := context.WithTimeout(ctx, time.Second)
+		// Not Request, whose timers are pooled for the whole process, in bubbles and out of them.
+		_, err := nc.RequestWithContext(one, "$JS.API.INFO", nil)
+		cancel()
+		if err == nil {
+			return nil
 		}
-		return s, nil
+		if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+			return fmt.Errorf("does not answer for JetStream: %w", err)
+		}
 	}
-	ns.Shutdown()
-	ns.WaitForShutdown()
-	if why := log.failed(); why != "" {
-		return nil, fmt.Errorf("natsd: the embedded NATS server did not start: %s", why)
-	}
-	return nil, fmt.Errorf("natsd: the embedded NATS server was not ready after %s", timeout)
 }
 
 func options(c Config) (*server.Options, error) {

@@ -10,11 +10,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -133,6 +135,22 @@ func TestListensWithCredentials(t *testing.T) {
 		if _, err := nats.Connect("nats://" + who + s.Addr()); !errors.Is(err, nats.ErrAuthorization) {
 			t.Errorf("as %q: %v", who, err)
 		}
+	}
+}
+
+// The way back for the answers of JetStream's API is there before anybody can ask: two who asked first at once would race for it, and one of them be answered into the void, once in some hundred starts.
+func TestTheWayBackForAnswersIsMade(t *testing.T) {
+	for name, c := range map[string]Config{"in process": {}, "with a password": {User: "u", Password: "p"}, "listening": {Listen: "127.0.0.1:0"}} {
+		t.Run(name, func(t *testing.T) {
+			c.DataDir = t.TempDir()
+			subs, err := start1(t, c).ns.Subsz(&server.SubszOptions{Subscriptions: true, Limit: 10_000})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !slices.ContainsFunc(subs.Subs, func(s server.SubDetail) bool { return strings.HasPrefix(s.Subject, "_R_.") }) {
+				t.Fatalf("none of %d subscriptions is for the answers of services", subs.Total)
+			}
+		})
 	}
 }
 
