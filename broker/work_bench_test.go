@@ -138,8 +138,9 @@ func BenchmarkDispatch(b *testing.B) {
 			var ours, bare []time.Duration
 			for n := 0; b.Loop(); n++ {
 				id := schema.SessionID{Tenant: "default", Name: fmt.Sprint("s", n%50)}
+				s := Submission{Envelopes: []schema.Accepted{benchMessage("m")}}
 				began := time.Now()
-				if _, err := Append(ctx, w.log, id, Submission{Envelopes: []schema.Accepted{benchMessage("m")}}); err != nil {
+				if _, err := Append(ctx, w.log, id, s); err != nil {
 					b.Fatal(err)
 				}
 				ours = append(ours, (<-came).Sub(began))
