@@ -80,7 +80,7 @@ func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
 	if p, ok := peer.FromContext(gs.Context()); ok {
 		remote = p.Addr.String()
 	}
-	t := &nativeTransport{stream: gs, closed: make(chan struct{})}
+	t := &nativeTransport{stream: gs, closed: make(chan struct{}), receiving: make(chan struct{}, 1)}
 	gp, err := s.peer(gs.Context(), e, nativeToken(gs.Context()), remote, func(a *schema.Attach) error {
 		if err := gs.RecvMsg(&t.in); err != nil {
 			return nativeReceiveError(err)
@@ -98,7 +98,7 @@ func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
 		return failed(schema.AsRefusal(err))
 	}
 	e.streams.Go(func() {
-		ctx, stop := whilePeer(gs.Context())
+		ctx, stop := whilePeer(gs.Context(), t.refused)
 		defer stop()
 		s.run(ctx, e, gp)
 	})
@@ -106,10 +106,14 @@ func (s stream) serveNative(e *Edge, gs grpc.ServerStream) *failure {
 	return t.failure
 }
 
-// whilePeer is a stream's context for the gateway: it ends with the stream, because the peer has left.
-func whilePeer(stream context.Context) (context.Context, context.CancelFunc) {
+// whilePeer is a stream's context for the gateway: it ends with the stream, because the peer has left; unless it was refused, which the gateway is told where it receives.
+func whilePeer(stream context.Context, refused func() bool) (context.Context, context.CancelFunc) {
 	ctx, end := context.WithCancelCause(context.WithoutCancel(stream))
-	stop := context.AfterFunc(stream, func() { end(gateway.ErrPeerLeft) })
+	stop := context.AfterFunc(stream, func() {
+		if !refused() {
+			end(gateway.ErrPeerLeft)
+		}
+	})
 	return ctx, func() {
 		stop()
 		end(nil)
@@ -125,6 +129,9 @@ type nativeTransport struct {
 	in  message // owned by Receive
 	out message // owned by Send
 
+	receiving chan struct{} // holds a token while Receive asks the stream
+	over      bool          // grpc-go has refused a message, and ended the stream; owned by who has put the token there
+
 	mu    sync.Mutex
 	last  farewell
 	ended bool
@@ -134,6 +141,8 @@ type nativeTransport struct {
 
 // Receive waits for the client's next message.
 func (t *nativeTransport) Receive(context.Context) ([]byte, error) {
+	t.receiving <- struct{}{}
+	defer func() { <-t.receiving }()
 	t.in.bytes = t.in.bytes[:0]
 	err := t.stream.RecvMsg(&t.in)
 	if err == nil {
@@ -142,9 +151,17 @@ func (t *nativeTransport) Receive(context.Context) ([]byte, error) {
 	err = nativeReceiveError(err)
 	if r, ok := errors.AsType[*schema.Refusal](err); ok {
 		// grpc-go has ended the stream already, with a status of its own.
+		t.over = true
 		t.end(r.Code, r.Message)
 	}
 	return nil, err
+}
+
+// refused reports whether the stream, which has ended, was ended by grpc-go, which does so before Receive returns.
+func (t *nativeTransport) refused() bool {
+	t.receiving <- struct{}{}
+	defer func() { <-t.receiving }()
+	return t.over
 }
 
 // nativeReceiveError says what grpc-go's error means to the gateway.

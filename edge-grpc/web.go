@@ -114,7 +114,7 @@ func (s stream) serveWeb(e *Edge, ctx context.Context, c connect.StreamingHandle
 		if err := c.Send(nil); err != nil {
 			return err
 		}
-		serving, stop := whilePeer(ctx)
+		serving, stop := whilePeer(ctx, func() bool { return false })
 		s.run(serving, e, gp)
 		stop()
 		if t.failure == nil {
