@@ -97,7 +97,7 @@ func (p *process) announce(dir string, a addresses) error {
 // layoutFlags say how a deployment is laid out when it is created, and what it keeps.
 type layoutFlags struct {
 	Streams  int           `default:"4" help:"Log streams, 1 to 32: fixed when the deployment is created."`
-	Replicas int           `default:"1" help:"Replicas of every stream: 1, 3 or 5."`
+	Replicas int           `default:"1" enum:"1,3,5" help:"Replicas of every stream: 1,3,5."`
 	MaxAge   time.Duration `default:"720h" help:"How long envelopes are kept."`
 	MaxMB    int           `name:"max-mb" default:"0" help:"Most that each log stream keeps, in MiB; 0 for no bound. The oldest envelopes go first."`
 }

@@ -145,6 +145,7 @@ func TestExitCodes(t *testing.T) {
 		"not loopback":          {append([]string{"dev", "--grpc", ":8081"}, data...), exitUsage, "loopback"},
 		"not loopback either":   {append([]string{"dev", "--nats-listen", "0.0.0.0:4222"}, data...), exitUsage, "loopback"},
 		"embedded and nats":     {append([]string{"broker", "--embedded", "--nats", "nats://127.0.0.1:1"}, data...), exitUsage, "--embedded"},
+		"two replicas":          {append([]string{"broker", "--replicas", "2"}, data...), exitUsage, "--replicas"},
 		"embedded cluster":      {append([]string{"broker", "--embedded", "--replicas", "3"}, data...), exitUsage, "replica"},
 	} {
 		r := tidemark(t, nil, tt.args...)

@@ -19,7 +19,8 @@ const maxWrong = 10
 
 // book is what is known of one session from outside: what people wrote, what was acknowledged to them, and what readers saw.
 type book struct {
-	session string
+	session    string
+	durability schema.Durability // that acknowledgements must name
 	// leash is how many envelopes a writer may be ahead of the slowest, 0 for no bound.
 	leash int
 
@@ -38,8 +39,8 @@ type entry struct{ id, writer, text string }
 // progress is what one writer has done: envelopes taken in hand, and acknowledged.
 type progress struct{ taken, acked int }
 
-func newBook(session string, leash int) *book {
-	return &book{session: session, leash: leash, acks: map[string]uint64{}, writers: map[string]*progress{}, moved: make(chan struct{})}
+func newBook(session string, d schema.Durability, leash int) *book {
+	return &book{session: session, durability: d, leash: leash, acks: map[string]uint64{}, writers: map[string]*progress{}, moved: make(chan struct{})}
 }
 
 // complain notes what must not be. The caller holds mu.
@@ -97,8 +98,8 @@ func (b *book) acked(id string, seq uint64, epoch string, d schema.Durability) {
 		b.complain("envelope %s was acknowledged as seq %d, and then as %d", id, before, seq)
 	}
 	b.acks[id] = seq
-	if d != schema.Durability_DURABILITY_FSYNC {
-		b.complain("envelope %s was acknowledged as %s; the default of the embedded node is fsync", id, schema.DurabilityWord(d))
+	if d != b.durability {
+		b.complain("envelope %s was acknowledged as %s, not %s", id, schema.DurabilityWord(d), schema.DurabilityWord(b.durability))
 	}
 	b.of(epoch)
 }

@@ -122,13 +122,14 @@ func TestInterruptWhilePublishing(t *testing.T) {
 
 // killing is a deployment of processes that die, and the people who work on it.
 type killing struct {
-	// Static after newKilling.
+	// Static once the deployment is there.
 	t                      *testing.T
 	random                 *rand.Rand
 	dir                    string
 	node, overWS, overGRPC *killable
 	all                    []*killable
 	secret                 []byte
+	durability             schema.Durability // that acknowledgements must name
 
 	// ctx ends the people when the test does; its cause is what went wrong.
 	ctx  context.Context //nolint:containedctx // the test's
@@ -150,7 +151,29 @@ type killable struct {
 	p    *proc
 }
 
+// newKilling is a deployment of a broker with the embedded node and two edges.
 func newKilling(t *testing.T) *killing {
+	t.Helper()
+	k := newPeople(t)
+	k.durability = schema.Durability_DURABILITY_FSYNC // the default of the embedded node
+	at := quietAddresses(t, 3)
+	k.node = &killable{k: k, addr: at[0], args: []string{"broker", "--embedded", "--data-dir", k.dir, "--nats-listen", at[0], "--http", "off"}}
+	k.overWS = &killable{k: k, addr: at[1], args: []string{"edge-ws", "--data-dir", k.dir, "--http", at[1], "--agent-rate", "0"}}
+	k.overGRPC = &killable{k: k, addr: at[2], args: []string{"edge-grpc", "--data-dir", k.dir, "--grpc", at[2], "--http", "off", "--agent-rate", "0"}}
+	k.all = []*killable{k.node, k.overWS, k.overGRPC}
+	for _, v := range k.all {
+		v.start()
+		v.p.awaitReady() // the edges find the node's address and secrets in its directory
+	}
+	var err error
+	if k.secret, err = auth.ReadSecret(secretFile(k.dir)); err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// newPeople are people without a deployment.
+func newPeople(t *testing.T) *killing {
 	t.Helper()
 	seed, err := strconv.ParseUint(os.Getenv("TIDEMARK_SEED"), 10, 64)
 	if err != nil {
@@ -166,18 +189,6 @@ func newKilling(t *testing.T) *killing {
 		k.writing.Wait()
 		k.seeing.Wait()
 	})
-	at := quietAddresses(t, 3)
-	k.node = &killable{k: k, addr: at[0], args: []string{"broker", "--embedded", "--data-dir", k.dir, "--nats-listen", at[0], "--http", "off"}}
-	k.overWS = &killable{k: k, addr: at[1], args: []string{"edge-ws", "--data-dir", k.dir, "--http", at[1], "--agent-rate", "0"}}
-	k.overGRPC = &killable{k: k, addr: at[2], args: []string{"edge-grpc", "--data-dir", k.dir, "--grpc", at[2], "--http", "off", "--agent-rate", "0"}}
-	k.all = []*killable{k.node, k.overWS, k.overGRPC}
-	for _, v := range k.all {
-		v.start()
-		v.p.awaitReady() // the edges find the node's address and secrets in its directory
-	}
-	if k.secret, err = auth.ReadSecret(secretFile(k.dir)); err != nil {
-		t.Fatal(err)
-	}
 	return k
 }
 
@@ -260,7 +271,7 @@ func (k *killing) token(role schema.Role) string {
 // work lets people of every kind work in two sessions: in one they write together and stay together, as retries by id need it; in the other everybody is as fast as his window lets him be.
 func (k *killing) work() {
 	ws, grpc := "http://"+k.overWS.addr, "grpc://"+k.overGRPC.addr
-	together, alone := newBook("kills: together", 120), newBook("kills/alone", 0)
+	together, alone := newBook("kills: together", k.durability, 120), newBook("kills/alone", k.durability, 0)
 	k.books = []*book{together, alone}
 	k.write(together, "producer over WebSocket", k.producer(ws))
 	k.write(together, "producer over both", k.producer(grpc, ws))

@@ -47,6 +47,62 @@ func TestKillsAtWork(t *testing.T) {
 		items, faults = 10_000, 40
 	}
 	w := newToil(t)
+	w.toil(items, func() {
+		for i := range faults {
+			w.pause(500 * time.Millisecond)
+			if i%5 == 4 {
+				w.freezeStandby()
+				continue
+			}
+			v := w.all[w.random.IntN(len(w.all))]
+			v.kill()
+			w.pause(300 * time.Millisecond)
+			v.start()
+			v.p.awaitReady()
+		}
+	})
+}
+
+func newToil(t *testing.T) *toil {
+	t.Helper()
+	w := newToilAt(newKilling(t))
+	w.node.kill()
+	w.node.args = append(w.node.args, "--orphan-after", "2s")
+	w.node.start()
+	w.node.p.awaitReady()
+	password, err := os.ReadFile(passwordFile(w.dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := url.URL{Scheme: "nats", Host: w.node.addr, User: url.UserPassword(natsUser, strings.TrimSpace(string(password)))}
+	w.startStandby("broker", "--nats", server.String(), "--http", "off", "--broker-name", "standby", "--orphan-after", "2s")
+	return w
+}
+
+// newToilAt is work at a deployment that is there.
+func newToilAt(k *killing) *toil {
+	return &toil{killing: k, due: map[string]placed{}, done: map[string]bool{}}
+}
+
+// startStandby starts a broker beside the one that is there.
+func (w *toil) startStandby(args ...string) {
+	w.standby = &killable{k: w.killing, args: args}
+	w.all = append(w.all, w.standby)
+	w.standby.start()
+	w.standby.p.awaitReady()
+}
+
+// freezeStandby lets another broker take over from one that is frozen; then there are two.
+func (w *toil) freezeStandby() {
+	w.t.Helper()
+	w.standby.p.freeze()
+	w.pass(5 * time.Second) // its leases run out
+	w.standby.p.signal(syscall.SIGCONT)
+}
+
+// toil lets people of every kind work, and processes die, until all is settled.
+func (w *toil) toil(items int, faults func()) {
+	w.t.Helper()
 	const sessions = 10
 	for i := range sessions {
 		w.writing.Go(func() { w.publish(fmt.Sprint("toil ", i), items/sessions) })
@@ -63,47 +119,12 @@ func TestKillsAtWork(t *testing.T) {
 		w.seeing.Go(func() { w.workers(working, rand.New(rand.NewPCG(seed, 1)), edges) })
 	}
 	w.seeing.Go(func() { w.takers(working) })
-
-	all := []*killable{w.node, w.overWS, w.overGRPC, w.standby}
-	for i := range faults {
-		w.pause(500 * time.Millisecond)
-		if i%5 == 4 {
-			// Another broker takes over from one that is frozen, and then there are two.
-			w.standby.p.freeze()
-			w.pass(5 * time.Second) // its leases run out
-			w.standby.p.signal(syscall.SIGCONT)
-			continue
-		}
-		v := all[w.random.IntN(len(all))]
-		v.kill()
-		w.pause(300 * time.Millisecond)
-		v.start()
-		v.p.awaitReady()
-	}
+	faults()
 	w.waitLong("the publishers", &w.writing)
 	w.drained()
 	rest()
 	w.waitLong("the workers", &w.seeing)
 	w.audit()
-}
-
-func newToil(t *testing.T) *toil {
-	t.Helper()
-	k := newKilling(t)
-	w := &toil{killing: k, due: map[string]placed{}, done: map[string]bool{}}
-	k.node.kill()
-	k.node.args = append(k.node.args, "--orphan-after", "2s")
-	k.node.start()
-	k.node.p.awaitReady()
-	password, err := os.ReadFile(passwordFile(k.dir))
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := url.URL{Scheme: "nats", Host: k.node.addr, User: url.UserPassword(natsUser, strings.TrimSpace(string(password)))}
-	w.standby = &killable{k: k, args: []string{"broker", "--nats", server.String(), "--http", "off", "--broker-name", "standby", "--orphan-after", "2s"}}
-	w.standby.start()
-	w.standby.p.awaitReady()
-	return w
 }
 
 // publish puts items into a session.
@@ -361,7 +382,7 @@ func (w *toil) audit() {
 	if len(dead) == 0 {
 		w.t.Error("nothing was given up; the test shows less than it should")
 	}
-	for _, v := range []*killable{w.node, w.overWS, w.overGRPC, w.standby} {
+	for _, v := range w.all {
 		if strings.Contains(v.p.err.String(), "panic") {
 			w.t.Errorf("tidemark %s panicked:\n%s", v.args[0], v.p.err)
 		}

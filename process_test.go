@@ -15,9 +15,13 @@ import (
 	"time"
 )
 
-// TestMain lets the test binary be tidemark itself, so that tests can start, signal and kill it as a process of its own without building it first.
+// TestMain lets the test binary be tidemark itself, so that tests can start, signal and kill it as a process of its own without building it first; or a server of a NATS cluster, which is nothing of ours.
 func TestMain(m *testing.M) {
 	if os.Getenv("TIDEMARK_TEST_PROCESS") != "" {
+		if len(os.Args) > 1 && os.Args[1] == clusterMember {
+			runClusterMember(os.Args[2:])
+			return
+		}
 		main()
 		return
 	}

@@ -77,14 +77,14 @@ type Layout struct {
 	// Streams is how many log streams there are, 1 to 32, and as many page streams. Fixed when the deployment is created. Default 4, the best on 2 cores while still
 	// sharing the work of recovery (NATS.md, finding 6).
 	Streams int
-	// Replicas of each stream: 1 or 3. Default 1.
+	// Replicas of each stream: 1, or 3 or 5 where NATS is a cluster of at least so many servers. Default 1.
 	Replicas int
 	// MaxAge is how long envelopes are kept. Default 30 days.
 	MaxAge time.Duration
 	// MaxBytes bounds each log stream; 0 for no bound. When it is reached, the oldest envelopes go.
 	MaxBytes int64
 	// Durability is the class that the server's settings give to what it acknowledges. It is written into the streams' metadata, where edges read it. Default: replicated with
-	// 3 replicas, else os, which is all that a server of unknown settings is sure to give.
+	// more than one replica, else os, which is all that a server of unknown settings is sure to give.
 	Durability schema.Durability
 }
 
@@ -118,6 +118,9 @@ func (l *Layout) setDefaults() error {
 	}
 	if l.Streams < 1 || l.Streams > maxStreams {
 		return fmt.Errorf("broker: %d log streams are not possible; choose 1 to %d", l.Streams, maxStreams)
+	}
+	if l.Replicas != 1 && l.Replicas != 3 && l.Replicas != 5 {
+		return fmt.Errorf("broker: %d replicas are not possible; choose 1, 3 or 5", l.Replicas)
 	}
 	if l.MaxAge < time.Minute {
 		return fmt.Errorf("broker: envelopes cannot be kept for %s; the least is a minute", l.MaxAge)
@@ -220,10 +223,11 @@ func streamSubjects(kind string, i, n int) []string {
 func discover(ctx context.Context, js jetstream.JetStream) (streams int, d schema.Durability, err error) {
 	s, err := js.Stream(ctx, logStreamName(0))
 	if err != nil {
-		return 0, 0, &schema.Refusal{
-			Code: schema.Code_CODE_UNAVAILABLE, Err: err,
-			Message: "The log streams are not there yet; start `tidemark broker` against this NATS server, which creates them.",
+		r := &schema.Refusal{Code: schema.Code_CODE_UNAVAILABLE, Err: err, Message: "NATS has not said yet how the log is laid out; it is asked again."}
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			r.Message = "The log streams are not there yet; start `tidemark broker` against this NATS server, which creates them."
 		}
+		return 0, 0, r
 	}
 	c := s.CachedInfo().Config
 	if _, err := fmt.Sscan(c.Metadata[metaStreams], &streams); err != nil || streams < 1 || streams > maxStreams {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 	"strconv"
 	"time"
 
@@ -115,8 +116,8 @@ func (p *projection) storeAll(ctx context.Context, writes []*write) error {
 				left = append(left, w)
 			}
 		}
-		if len(left) > 0 {
-			p.logger.Warn("what was derived from the log could not be stored yet", "messages", len(left), "error", errors.Join(failures...))
+		if some := slices.IndexFunc(failures, func(err error) bool { return err != nil }); first && some >= 0 {
+			p.logger.Warn("what was derived from the log could not be stored yet", "messages", len(left), "error", failures[some])
 		}
 		writes = left
 	}
