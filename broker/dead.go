@@ -3,11 +3,10 @@ package broker
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
 	"strconv"
 	"strings"
+	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
 	"github.com/oklog/ulid/v2"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -16,7 +15,7 @@ import (
 )
 
 // An item that a group gives up becomes a dead letter, in this order: its record is written to DEAD, the session is told with a work_failed envelope, the record says that it was, and then NATS is told that the item is settled.
-// Whoever is killed on the way leaves the item to be handed out again, and whoever gets it finds the record, and goes on from there. The record is a register of its subject that only grows, by the item's place in WORK.
+// Whoever is killed on the way leaves the item to be handed out again, and whoever gets it finds the record, and goes on from there. The record is a register of its subject that only grows, by the item's place in WORK; but a group that was deleted and begun anew is handed all that is kept once more, and a letter of the one before is no letter of its.
 
 // maxGiving bounds the items that an edge gives up at once.
 const maxGiving = 64
@@ -43,7 +42,7 @@ func (g *workGroup) giveUp(h *heldItem, s groupSettings, attempts int, reason st
 		}
 		ctx, cancel := context.WithTimeout(l.storing, max(s.ackWait, getTimeout))
 		defer cancel()
-		if err := l.writeOff(ctx, g.key, h.item, attempts, reason); err != nil {
+		if err := l.writeOff(ctx, g.key, g.began, h.item, attempts, reason); err != nil {
 			l.logger.Warn("a work item could not be given up yet; it comes again", "group", g.key.name, "session", h.item.id().String(), "seq", h.item.GetSeq(), "error", err)
 			return
 		}
@@ -53,9 +52,9 @@ func (g *workGroup) giveUp(h *heldItem, s groupSettings, attempts int, reason st
 }
 
 // writeOff writes the dead letter of an item, and tells its session. Done twice, or by two at once, it is done once.
-func (l *JetStreamLog) writeOff(ctx context.Context, k groupKey, w *workItem, attempts int, reason string) error {
+func (l *JetStreamLog) writeOff(ctx context.Context, k groupKey, began time.Time, w *workItem, attempts int, reason string) error {
 	subject := letterSubject("dead", k.name, w.id(), w.GetEpoch(), w.GetSeq())
-	rec, rev, err := l.writeLetter(ctx, subject, k, w, attempts, reason)
+	rec, rev, err := l.writeLetter(ctx, subject, k, began, w, attempts, reason)
 	if err != nil || rec == nil || rec.WorkSeq != w.seq || rec.Telling == nil {
 		// Written before, and all that follows; or a later life of the item has been given up already.
 		return err
@@ -67,16 +66,21 @@ func (l *JetStreamLog) writeOff(ctx context.Context, k groupKey, w *workItem, at
 	_, err = l.putLetter(ctx, subject, rec, rev)
 	if isConflict(err) {
 		// Somebody else got here, or the letter was redriven meanwhile; the next look tells.
-		return l.writeOff(ctx, k, w, attempts, reason)
+		return l.writeOff(ctx, k, began, w, attempts, reason)
 	}
 	return err
 }
 
+// stands reports whether a letter is of this item, or of a newer life of it, in the group that began then.
+func stands(rec *schema.DeadRecord, began time.Time, workSeq uint64) bool {
+	return rec != nil && rec.GetGroupBegan().AsTime().Equal(began) && rec.GetWorkSeq() >= workSeq
+}
+
 // writeLetter writes the record, unless there is one of this item, or a newer, and returns what there is. Nil where the history is over: what was deleted leaves no letter.
-func (l *JetStreamLog) writeLetter(ctx context.Context, subject string, k groupKey, w *workItem, attempts int, reason string) (*schema.DeadRecord, uint64, error) {
+func (l *JetStreamLog) writeLetter(ctx context.Context, subject string, k groupKey, began time.Time, w *workItem, attempts int, reason string) (*schema.DeadRecord, uint64, error) {
 	for {
 		rec, rev, err := l.letter(ctx, subject)
-		if err != nil || rec.GetWorkSeq() >= w.seq {
+		if err != nil || stands(rec, began, w.seq) {
 			return rec, rev, err
 		}
 		s, err := l.Session(ctx, w.id())
@@ -90,7 +94,7 @@ func (l *JetStreamLog) writeLetter(ctx context.Context, subject string, k groupK
 		if err != nil {
 			return nil, 0, err
 		}
-		rec = &schema.DeadRecord{Group: k.name, WorkSeq: w.seq, Attempts: uint32(attempts), Reason: clipReason(reason), Time: timestamppb.Now(), Item: new(schema.WorkItem), Telling: new(s.GetHeadSeq())}
+		rec = &schema.DeadRecord{Group: k.name, GroupBegan: timestamppb.New(began), WorkSeq: w.seq, Attempts: uint32(attempts), Reason: clipReason(reason), Time: timestamppb.Now(), Item: new(schema.WorkItem), Telling: new(s.GetHeadSeq())}
 		if err := proto.Unmarshal(item, rec.Item); err != nil {
 			return nil, 0, err
 		}
@@ -130,7 +134,7 @@ func (l *JetStreamLog) putLetter(ctx context.Context, subject string, rec *schem
 	var retry backoff
 	for {
 		next, err := publishFenced(ctx, l.conn, subject, data, rev)
-		if _, said := errors.AsType[*jetstream.APIError](err); err == nil || said {
+		if err == nil || isConflict(err) {
 			return next, err
 		}
 		if !retry.wait(ctx, errNotStored) {

@@ -117,7 +117,7 @@ func TestI7_WhoDiesWhileGivingUp(t *testing.T) {
 		i := take()
 		held := w.(*Worker).group.held[i.ID].item
 		subject := letterSubject("dead", "g", d.id, i.Epoch, held.GetSeq())
-		if _, _, err := d.l.writeLetter(d.Context(), subject, groupKey{"default", "g"}, held, 1, "no such tool"); err != nil {
+		if _, _, err := d.l.writeLetter(d.Context(), subject, groupKey{"default", "g"}, w.(*Worker).group.began, held, 1, "no such tool"); err != nil {
 			d.Fatal(err)
 		}
 		w.Nack(i.ID, nil, "")

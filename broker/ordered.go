@@ -181,17 +181,29 @@ func (o *ordered) sound(ctx context.Context) error {
 	return nil
 }
 
-// lives asks whether the consumer is there, as long as that may be answered.
+// lives asks whether the consumer is there, and our request for messages stands at it, as long as that may be answered. A request that was lost on its way between servers of a cluster is asked again by nobody.
 func (o *ordered) lives(ctx context.Context) bool {
-	_, err := o.left(ctx)
+	info, err := o.info(ctx)
 	o.heard = time.Now()
-	return err == nil || passing(err)
+	if err != nil {
+		return passing(err)
+	}
+	return info.NumWaiting > 0
 }
 
 // left is how many messages are still to come.
 func (o *ordered) left(ctx context.Context) (uint64, error) {
+	info, err := o.info(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return info.NumPending, nil
+}
+
+// info is what the server says of the consumer.
+func (o *ordered) info(ctx context.Context) (*jetstream.ConsumerInfo, error) {
 	if o.it == nil {
-		return 0, errLost
+		return nil, errLost
 	}
 	limited, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
@@ -200,8 +212,5 @@ func (o *ordered) left(ctx context.Context) (uint64, error) {
 		info, err = o.cons.Info(asking)
 		return err
 	})
-	if err != nil {
-		return 0, err
-	}
-	return info.NumPending, nil
+	return info, err
 }

@@ -150,3 +150,39 @@ func TestOrdered_SaysThatItWentBack(t *testing.T) {
 		}
 	})
 }
+
+// TestOrdered_MissesItsRequest: a request for messages that is lost on its way, while the connection and the consumer live, is noticed, also by who never waits for long.
+func TestOrdered_MissesItsRequest(t *testing.T) {
+	for _, most := range []time.Duration{0, 100 * time.Millisecond} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newShelf(t, 1, 1)
+			a := s.scribe("default", "a")
+			o := s.ordered("LOG_00", 0)
+			gone, err := o.stream.CreateConsumer(t.Context(), jetstream.ConsumerConfig{AckPolicy: jetstream.AckNonePolicy})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := o.stream.DeleteConsumer(t.Context(), gone.CachedInfo().Name); err != nil {
+				t.Fatal(err)
+			}
+			// What asks now asks nobody, as where a route between servers of a cluster broke.
+			o.it.Stop()
+			if o.it, err = gone.Messages(o.pull...); err != nil {
+				t.Fatal(err)
+			}
+			a.some(1)
+			for began := time.Now(); ; {
+				_, _, err := o.next(t.Context(), most)
+				if err == nil {
+					return
+				}
+				if !errors.Is(err, nats.ErrTimeout) {
+					t.Fatal(err)
+				}
+				if time.Since(began) > orderedSilent+time.Second {
+					t.Fatalf("nobody noticed within %s, with waits of %s", time.Since(began), most)
+				}
+			}
+		})
+	}
+}

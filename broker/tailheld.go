@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"time"
@@ -15,10 +16,10 @@ import (
 
 // held is a partition in the hands of a member: two goroutines, of which one reads and the other keeps the lease and the checkpoint.
 //
-//	     acked                    read
-//	-------|----[batch]--[batch]----|······
-//	 done with    out: queued        filtered out, or not read yet
-//	              or sent
+//	          floor                  read
+//	------------|--[batch]--[batch]----|······
+//	 done with,     out: queued         not read yet
+//	 not wanted     or sent
 type held struct {
 	// Static after construction.
 	m         *TailMember
@@ -30,7 +31,7 @@ type held struct {
 
 	// Guarded by m.mu.
 	read   uint64       // everything up to here is in out, acknowledged, or not wanted
-	acked  uint64       // of what was sent
+	short  time.Time    // since when the stream seems to be shorter than that
 	out    []*TailBatch // oldest first
 	ended  bool         // nothing is acknowledged any more
 	unread float64      // messages of the stream that were not read yet, as the metric counts them
@@ -38,10 +39,10 @@ type held struct {
 
 // floor is the checkpoint: everything up to here is done with. Called with m.mu held.
 func (h *held) floor() uint64 {
-	if len(h.out) == 0 {
-		return h.read
+	if len(h.out) > 0 {
+		return h.out[0].before
 	}
-	return h.acked
+	return h.read
 }
 
 // forget drops batches i to j-1 of out, and what they take of the member's room. Called with m.mu held.
@@ -223,7 +224,10 @@ func (h *held) consume(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	at := h.begin(s.CachedInfo().State)
+	at, err := h.begin(s.CachedInfo().State)
+	if err != nil {
+		return err
+	}
 	o, err := l.conn.readOrdered(ctx, s, at, nil, jetstream.PullMaxMessagesWithBytesLimit(tailPull, max(2*tailBatchBytes, 2*int(l.conn.MaxPayload()))))
 	if err != nil {
 		return err
@@ -277,21 +281,31 @@ func (h *held) consume(ctx context.Context) error {
 	}
 }
 
-// begin is where to read on. A stream that is shorter than what was read of it is another one.
-func (h *held) begin(s jetstream.StreamState) uint64 {
+// tailShortFor is how long a stream must be shorter than what was read of it before that is believed: a leader of a cluster that was deposed, and has not noticed, says so for as long as it waits for its quorum, 10 s.
+const tailShortFor = 20 * time.Second
+
+// begin is where to read on. A stream that stays shorter than what was read of it is another one.
+func (h *held) begin(s jetstream.StreamState) (uint64, error) {
 	h.m.mu.Lock()
 	defer h.m.mu.Unlock()
+	if s.LastSeq >= h.read {
+		h.short = time.Time{}
+	} else if h.short.IsZero() {
+		h.short = time.Now()
+	}
 	switch {
+	case s.LastSeq < h.read && time.Since(h.short) < tailShortFor:
+		return 0, fmt.Errorf("%w: it ends at %d, %d was read", errWentBack, s.LastSeq, h.read)
 	case s.LastSeq < h.read:
 		h.m.logger.Error("a log stream went back behind the checkpoint of an analytics group, which begins anew in it", "stream", h.stream, "checkpoint", h.read, "last", s.LastSeq)
 		// What is out is of the other stream: its places say nothing of this one.
 		h.unqueue()
 		h.forget(0, len(h.out))
-		h.read, h.acked = 0, 0
+		h.read = 0
 	case s.Msgs > 0 && s.FirstSeq > h.read+1:
 		h.m.logger.Warn("retention took what an analytics group had not read", "stream", h.stream, "from", h.read+1, "to", s.FirstSeq-1)
 	}
-	return h.read
+	return h.read, nil
 }
 
 // passed notes that everything up to seq was read, and the last of it is not wanted.

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"errors"
 	"log/slog"
 	"strings"
 	"testing"
@@ -53,8 +54,20 @@ func TestTailHeldOverAnotherStream(t *testing.T) {
 			t.Fatalf("the member was told %v", e)
 		}
 	}
-	if at := h.begin(jetstream.StreamState{Msgs: 3, FirstSeq: 1, LastSeq: 3}); at != 0 {
-		t.Fatalf("the new stream is read from behind %d", at)
+	short := jetstream.StreamState{Msgs: 3, FirstSeq: 1, LastSeq: 3}
+	if at, err := h.begin(short); !errors.Is(err, errWentBack) {
+		t.Fatalf("one answer is believed, and the stream is read from behind %d: %v", at, err)
+	}
+	h.short = h.short.Add(-tailShortFor / 2)
+	if at, err := h.begin(jetstream.StreamState{Msgs: 150, FirstSeq: 1, LastSeq: 150}); at != 150 || err != nil {
+		t.Fatalf("a stream that was never shorter is read from behind %d: %v", at, err)
+	}
+	if _, err := h.begin(short); !errors.Is(err, errWentBack) {
+		t.Fatalf("what was said before the stream was whole again counts: %v", err)
+	}
+	h.short = h.short.Add(-tailShortFor)
+	if at, err := h.begin(short); at != 0 || err != nil {
+		t.Fatalf("the new stream is read from behind %d: %v", at, err)
 	}
 	put(2)
 	ack := func(partition uint32, through uint64) {
@@ -78,4 +91,37 @@ func TestTailHeldOverAnotherStream(t *testing.T) {
 	if !m.room.TryAcquire(tailInFlight) {
 		t.Error("the batches of the old stream take room still")
 	}
+}
+
+// TestTailHeldCheckpointOnlyGrows: what was passed over stays so while a batch behind it is out.
+func TestTailHeldCheckpointOnlyGrows(t *testing.T) {
+	m := &TailMember{log: &JetStreamLog{tails: newTailMetrics(nil)}, logger: slog.New(slog.DiscardHandler), room: semaphore.NewWeighted(tailInFlight), held: make(map[uint32]*held), wake: make(chan struct{}, 1), told: true, starts: make([]uint64, 1)}
+	h := &held{m: m, settled: make(chan struct{}, 1)}
+	m.held[0] = h
+	want := func(floor uint64) {
+		t.Helper()
+		if got := h.floor(); got != floor {
+			t.Errorf("the checkpoint is %d, want %d", got, floor)
+		}
+	}
+	h.passed(1000, 0)
+	want(1000)
+	for _, through := range []uint64{1001, 1010} {
+		if err := h.flush(t.Context(), &TailBatch{held: h, Through: through}); err != nil {
+			t.Fatal(err)
+		}
+		want(1000)
+	}
+	h.passed(2000, 0)
+	for _, b := range h.out {
+		b.sent = true
+	}
+	if err := m.Ack(0, 1001); err != nil {
+		t.Fatal(err)
+	}
+	want(1001)
+	if err := m.Ack(0, 1010); err != nil {
+		t.Fatal(err)
+	}
+	want(2000)
 }

@@ -144,7 +144,6 @@ func (m *TailMember) Ack(partition uint32, through uint64) error {
 		return nil
 	}
 	for len(h.out) > 0 && h.out[0].sent && h.out[0].Through <= through {
-		h.acked = h.out[0].Through
 		h.forget(0, 1)
 	}
 	if len(h.out) == 0 || !h.out[0].sent {
@@ -285,7 +284,7 @@ func (m *TailMember) hold(ctx context.Context, partition uint32, holding *sync.W
 	through := m.leases[partition].position()
 	giving, leave := context.WithCancel(ctx)
 	h := &held{
-		m: m, partition: partition, stream: logStreamName(int(partition)), lease: m.leases[partition], leave: leave, settled: make(chan struct{}, 1), read: through, acked: through,
+		m: m, partition: partition, stream: logStreamName(int(partition)), lease: m.leases[partition], leave: leave, settled: make(chan struct{}, 1), read: through,
 	}
 	m.mu.Lock()
 	m.held[partition] = h

@@ -2,7 +2,9 @@ package broker
 
 import (
 	"context"
+	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"tidemark/schema"
@@ -35,18 +37,24 @@ func (g *workGroup) handBack(delay time.Duration, items ...*heldItem) {
 		return
 	}
 	g.log.appending.Go(func() {
-		ctx, cancel := context.WithTimeout(g.log.storing, getTimeout)
-		defer cancel()
-		for _, h := range items {
-			if err := g.countUnhanded(ctx, h); err != nil {
-				g.log.logger.Debug("a delivery that came into nobody's hands counts all the same", "group", g.key.name, "session", h.item.id().String(), "seq", h.item.GetSeq(), "error", err)
+		for some := range slices.Chunk(items, maxWrites) {
+			var wg sync.WaitGroup
+			for _, h := range some {
+				wg.Go(func() {
+					if err := g.countUnhanded(h); err != nil {
+						g.log.logger.Debug("a delivery that came into nobody's hands counts all the same", "group", g.key.name, "session", h.item.id().String(), "seq", h.item.GetSeq(), "error", err)
+					}
+					g.answer(h, nak(delay))
+				})
 			}
-			g.answer(h, nak(delay))
+			wg.Wait()
 		}
 	})
 }
 
-func (g *workGroup) countUnhanded(ctx context.Context, h *heldItem) error {
+func (g *workGroup) countUnhanded(h *heldItem) error {
+	ctx, cancel := context.WithTimeout(g.log.storing, getTimeout)
+	defer cancel()
 	for {
 		n, rev, err := g.readUnhanded(ctx, h)
 		if err != nil {

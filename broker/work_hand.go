@@ -10,8 +10,12 @@ import (
 	"tidemark/schema"
 )
 
-// maxSpare bounds the items that are here though no worker has room for them.
-const maxSpare = schema.MaxWorkCredit
+const (
+	// maxSpare bounds the items that are here though no worker has room for them.
+	maxSpare = schema.MaxWorkCredit
+	// spareFor is how long they wait for one: a worker of another edge may have room. They come if one has left whose request brings one more, or if NATS knows a request that was taken for lost.
+	spareFor = 2 * time.Second
+)
 
 // heldItem is a delivery of an item to this edge. Fields are guarded by the group's mu, but for those that are said to be others'.
 type heldItem struct {
@@ -25,6 +29,8 @@ type heldItem struct {
 	attempt int
 	// came is when the server was last told, by the delivery or since, that it is here.
 	came time.Time
+	// spareSince is when it began to wait for a worker with room.
+	spareSince time.Time
 	// predecessor is the item that must be settled before, in WORK; 0 for none.
 	predecessor uint64
 
@@ -46,6 +52,13 @@ func (g *workGroup) placeAgain(h *heldItem) {
 	ctx, cancel := context.WithTimeout(g.log.storing, getTimeout)
 	defer cancel()
 	n, _, err := g.readUnhanded(ctx, h)
+	settled := false
+	if err == nil && g.order != nil && h.item.GetRedrivenFrom() == 0 {
+		// It may be settled, and NATS not have heard it.
+		var at uint64
+		at, _, err = g.order.register(ctx, h.item.GetSession())
+		settled = at >= h.item.seq
+	}
 	var letter *schema.DeadRecord
 	if err == nil {
 		letter, _, err = g.log.letter(ctx, letterSubject("dead", g.key.name, h.item.id(), h.item.GetEpoch(), h.item.GetSeq()))
@@ -59,7 +72,9 @@ func (g *workGroup) placeAgain(h *heldItem) {
 	case err != nil:
 		// How often it was handed out is not known just now, and it must not be given up for that.
 		g.handBack(time.Second, h)
-	case letter.GetWorkSeq() >= h.item.seq:
+	case settled:
+		g.answer(h, ackDone)
+	case stands(letter, g.began, h.item.seq):
 		g.giveUp(h, s, int(letter.GetAttempts()), letter.GetReason())
 	default:
 		g.place(h)
@@ -105,6 +120,7 @@ func (g *workGroup) place(h *heldItem) {
 func (g *workGroup) keep(h *heldItem) bool {
 	if i := slices.IndexFunc(g.spare, func(x *heldItem) bool { return x.item.seq == h.item.seq }); i >= 0 {
 		// The server has lost patience with the one that is here.
+		h.spareSince = g.spare[i].spareSince
 		g.forget(g.spare[i])
 		g.spare[i] = h
 		return true
@@ -112,8 +128,24 @@ func (g *workGroup) keep(h *heldItem) bool {
 	if len(g.spare) >= maxSpare {
 		return false
 	}
+	h.spareSince = time.Now()
 	g.spare = append(g.spare, h)
 	return true
+}
+
+// passOn gives back what has waited for room for long.
+func (g *workGroup) passOn(now time.Time) {
+	g.mu.Lock()
+	var late []*heldItem
+	g.spare = slices.DeleteFunc(g.spare, func(h *heldItem) bool {
+		if now.Sub(h.spareSince) < spareFor {
+			return false
+		}
+		late = append(late, h)
+		return true
+	})
+	g.mu.Unlock()
+	g.handBack(0, late...)
 }
 
 // handSpare hands out what waits, as far as there is room, and returns what wakes the workers. Called with mu held.
@@ -152,10 +184,10 @@ func (g *workGroup) assign(h *heldItem) (wake func()) {
 		}
 		h.worker = w
 		h.work = Item{
-			ID: g.log.workIDs.Add(1), Session: h.item.id(), Epoch: h.item.GetEpoch(), Attempt: h.attempt, Deadline: time.Now().Add(g.settings.ackWait), Kind: h.item.kind,
+			ID: g.log.workIDs.Add(1), Session: h.item.id(), Epoch: h.item.GetEpoch(), Attempt: h.attempt, Deadline: time.Now().Add(w.ackWait()), Kind: h.item.kind,
 			Envelope: h.item.envelope, Cancelled: h.item.GetCancelled(),
 		}
-		h.timer = time.AfterFunc(g.settings.ackWait, func() { g.expire(h) })
+		h.timer = time.AfterFunc(w.ackWait(), func() { g.expire(h) })
 		late := time.Since(h.came) > time.Millisecond
 		g.held[h.work.ID] = h
 		w.hand++

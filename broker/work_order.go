@@ -159,6 +159,7 @@ func (o *workOrder) release(session string) (spent []*heldItem) {
 		case h.attempt > o.g.settings.maxDeliver:
 			spent = append(spent, h)
 		default:
+			h.spareSince = now
 			o.g.spare = append(o.g.spare, h)
 		}
 		o.count--

@@ -252,6 +252,7 @@ func (g *workGroup) run() {
 			if stale {
 				g.refresh()
 			}
+			g.passOn(now)
 			g.keepIdle(now)
 			if g.order != nil {
 				g.order.look(now)

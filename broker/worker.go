@@ -100,7 +100,10 @@ func (w *Worker) Nack(id uint64, delay *time.Duration, reason string) bool {
 	return true
 }
 
-// InProgress begins an item's deadline anew, with the group's ack wait as it is now, and returns it. False as with Ack.
+// ackWait is how long the worker has for an item: what the group gives by now, and no less than it gave when the worker joined, who goes by that. The server's patience covers both: it never becomes less. Called with group.mu held.
+func (w *Worker) ackWait() time.Duration { return max(w.settings.ackWait, w.group.settings.ackWait) }
+
+// InProgress begins an item's deadline anew, with the worker's whole time, and returns it. False as with Ack.
 func (w *Worker) InProgress(id uint64) (deadline time.Time, held bool) {
 	g := w.group
 	g.mu.Lock()
@@ -109,7 +112,7 @@ func (w *Worker) InProgress(id uint64) (deadline time.Time, held bool) {
 		g.mu.Unlock()
 		return time.Time{}, false
 	}
-	wait := g.settings.ackWait
+	wait := w.ackWait()
 	deadline = time.Now().Add(wait)
 	h.work.Deadline = deadline
 	h.timer.Reset(wait)

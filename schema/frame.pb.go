@@ -1042,7 +1042,9 @@ type DeadRecord struct {
 	// The session's head before work_failed was appended; unset where it was appended.
 	Telling *uint64 `protobuf:"varint,7,opt,name=telling,proto3,oneof" json:"telling,omitempty"`
 	// When it was redriven.
-	Redriven      *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=redriven,proto3" json:"redriven,omitempty"`
+	Redriven *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=redriven,proto3" json:"redriven,omitempty"`
+	// When the group began that gave it up. A record of another group of that name says nothing of what this one did.
+	GroupBegan    *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=group_began,json=groupBegan,proto3" json:"group_began,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1129,6 +1131,13 @@ func (x *DeadRecord) GetTelling() uint64 {
 func (x *DeadRecord) GetRedriven() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Redriven
+	}
+	return nil
+}
+
+func (x *DeadRecord) GetGroupBegan() *timestamppb.Timestamp {
+	if x != nil {
+		return x.GroupBegan
 	}
 	return nil
 }
@@ -1836,7 +1845,7 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\n" +
 	"WorkBefore\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\rR\x04kind\x12\x19\n" +
-	"\bwork_seq\x18\x02 \x01(\x04R\aworkSeq\"\xaf\x02\n" +
+	"\bwork_seq\x18\x02 \x01(\x04R\aworkSeq\"\xec\x02\n" +
 	"\n" +
 	"DeadRecord\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\tR\x05group\x12)\n" +
@@ -1846,7 +1855,9 @@ const file_tidemark_v1_frame_proto_rawDesc = "" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12.\n" +
 	"\x04time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1d\n" +
 	"\atelling\x18\a \x01(\x04H\x00R\atelling\x88\x01\x01\x126\n" +
-	"\bredriven\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\bredrivenB\n" +
+	"\bredriven\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\bredriven\x12;\n" +
+	"\vgroup_began\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"groupBeganB\n" +
 	"\n" +
 	"\b_telling\"\x94\x01\n" +
 	"\rProducerState\x12\x0e\n" +
@@ -1974,21 +1985,22 @@ var file_tidemark_v1_frame_proto_depIdxs = []int32{
 	8,  // 21: tidemark.v1.DeadRecord.item:type_name -> tidemark.v1.WorkItem
 	19, // 22: tidemark.v1.DeadRecord.time:type_name -> google.protobuf.Timestamp
 	19, // 23: tidemark.v1.DeadRecord.redriven:type_name -> google.protobuf.Timestamp
-	12, // 24: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
-	20, // 25: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
-	22, // 26: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
-	19, // 27: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
-	19, // 28: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
-	16, // 29: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
-	20, // 30: tidemark.v1.HandOverRequest.kind:type_name -> tidemark.v1.SessionKind
-	21, // 31: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
-	18, // 32: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
-	23, // 33: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
-	34, // [34:34] is the sub-list for method output_type
-	34, // [34:34] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	19, // 24: tidemark.v1.DeadRecord.group_began:type_name -> google.protobuf.Timestamp
+	12, // 25: tidemark.v1.ProducerState.runs:type_name -> tidemark.v1.ProducerRun
+	20, // 26: tidemark.v1.SessionRecord.kind:type_name -> tidemark.v1.SessionKind
+	22, // 27: tidemark.v1.SessionRecord.status:type_name -> tidemark.v1.Status
+	19, // 28: tidemark.v1.SessionRecord.created:type_name -> google.protobuf.Timestamp
+	19, // 29: tidemark.v1.SessionRecord.updated:type_name -> google.protobuf.Timestamp
+	16, // 30: tidemark.v1.HandOver.requests:type_name -> tidemark.v1.HandOverRequest
+	20, // 31: tidemark.v1.HandOverRequest.kind:type_name -> tidemark.v1.SessionKind
+	21, // 32: tidemark.v1.HandOverRequest.envelopes:type_name -> tidemark.v1.Envelope
+	18, // 33: tidemark.v1.HandOverReply.results:type_name -> tidemark.v1.HandOverResult
+	23, // 34: tidemark.v1.HandOverResult.code:type_name -> tidemark.v1.Code
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_tidemark_v1_frame_proto_init() }

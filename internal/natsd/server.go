@@ -134,7 +134,7 @@ func start(c Config) (*Server, error) {
 // firstRequest asks JetStream something and waits for the answer. The first request of an account makes the way back for the answers of all, and one that comes while the server is about it is answered into the void
 // (nats-server, accounts.go, newServiceReply: the way is announced before its subscription is there), so whoever uses the server should not be the first. Where a client that knew the port came before us, it is asked again.
 func firstRequest(ns *server.Server, c Config, timeout time.Duration) error {
-	opts := []nats.Option{nats.InProcessServer(ns), nats.NoReconnect(), nats.Name("tidemark start")}
+	opts := []nats.Option{nats.InProcessServer(ns), nats.NoReconnect(), nats.Timeout(timeout), nats.Name("tidemark start")}
 	if c.User != "" {
 		opts = append(opts, nats.UserInfo(c.User, c.Password))
 	}
