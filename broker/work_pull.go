@@ -15,9 +15,9 @@ import (
 )
 
 const (
-	// askFor is how long one request for items stands at the server; one that is not answered is taken for lost askGrace later.
-	askFor   = 10 * time.Second
-	askGrace = 2 * time.Second
+	// askFor is how long one request for items stands at the server; one that is not answered is taken for lost askGrace later. So a group whose consumer has moved to another server of a cluster goes on within 5 s.
+	askFor   = 4 * time.Second
+	askGrace = time.Second
 	// groupTick is how often a group looks after requests that failed, and after items that wait for others.
 	groupTick = 500 * time.Millisecond
 	// settingsFor is how long an edge goes by the settings that it read; refreshGap is the least between two reads.
