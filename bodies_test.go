@@ -15,7 +15,8 @@ import (
 
 // TestBodiesAreNotWaitedFor: a request whose body never comes holds no connection, on any path, and neither does half a request; a WebSocket is not cut off by that.
 func TestBodiesAreNotWaitedFor(t *testing.T) {
-	const within = 300 * time.Millisecond
+	t.Parallel() // it waits
+	const within = 2 * time.Second
 	upgraded := make(chan error, 1)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /ws", func(w http.ResponseWriter, r *http.Request) {
@@ -59,14 +60,14 @@ func TestBodiesAreNotWaitedFor(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := io.WriteString(c, request); err != nil {
 			t.Fatal(err)
 		}
 		said, err := io.ReadAll(bufio.NewReader(c))
-		if took := time.Since(began); err != nil || took > 5*time.Second {
+		if took := time.Since(began); err != nil {
 			t.Errorf("%s: held for %s, %v", name, took, err)
 		}
 		if half := name == "half a head"; half != (len(said) == 0) || !half && (!strings.HasPrefix(string(said), "HTTP/1.1 400 ") || !strings.Contains(string(said), `"code":"invalid_message"`)) {

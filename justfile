@@ -32,7 +32,7 @@ test *args:
 
 # Run the core's tests under the race detector
 race *args:
-    go test -race {{ args }} $(go list ./... | grep -E '^tidemark/(broker|internal/gateway|schema|edge-ws|edge-grpc)(/|$)')
+    go test -race -timeout 30m {{ args }} $(go list ./... | grep -E '^tidemark/(broker|internal/gateway|schema|edge-ws|edge-grpc)(/|$)')
 
 # Run the slow tests too: kills, random worlds, long streams
 sim *args:
@@ -40,7 +40,7 @@ sim *args:
     set -euo pipefail
     dirs=$({ grep -rl --include='*_test.go' --exclude-dir=.cache TIDEMARK_SLOW . || true; } | xargs -r -n1 dirname | sort -u)
     if [ -z "$dirs" ]; then echo "no test asks for TIDEMARK_SLOW"; exit; fi
-    TIDEMARK_SLOW=1 go test -count=1 -timeout 15m {{ args }} $dirs
+    TIDEMARK_SLOW=1 go test -count=1 -timeout 60m {{ args }} $dirs
 
 # Run the clients in other languages against a running dev
 clients:

@@ -318,6 +318,7 @@ func (k *killing) follower(edges ...string) func(*book, string) error {
 				}
 				last++
 				m := e.Envelope.GetToken()
+				k.seen.Add(1)
 				b.saw(name, last, f.Place().Epoch, entry{e.Envelope.GetId(), m.GetMessageId(), m.GetText()})
 				if m.GetMessageId() == lastWriter {
 					return nil
@@ -358,6 +359,7 @@ func (k *killing) listener(b *book, name string) error {
 					return fmt.Errorf("it got seq %d after %d", s.Seq, last)
 				}
 				last++
+				k.seen.Add(1)
 				b.saw(name, last, epoch, entry{s.ID, s.Data.MessageID, s.Data.Text})
 				if s.Data.MessageID == lastWriter {
 					return ws.CloseNow()

@@ -140,6 +140,7 @@ type killing struct {
 	books           []*book
 	acks            atomic.Uint64
 	retries         atomic.Uint64
+	seen            atomic.Uint64 // envelopes that readers got
 	lost            atomic.Uint64
 }
 
@@ -192,17 +193,28 @@ func newPeople(t *testing.T) *killing {
 	return k
 }
 
+// givenOut are the ports that quietAddresses gave to tests of this process: that of one whose process is down only looks free.
+var givenOut = struct {
+	sync.Mutex
+	ports map[string]bool
+}{ports: map[string]bool{}}
+
 // quietAddresses are addresses with free ports below those that systems hand out by themselves: while a process is down nobody gets its port by chance, and nobody who calls it reaches himself.
 func quietAddresses(t *testing.T, n int) []string {
 	t.Helper()
+	givenOut.Lock()
+	defer givenOut.Unlock()
 	var all []string
 	for tries := 0; len(all) < n && tries < 1000; tries++ {
 		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", 15000+rand.IntN(15000)))
 		if err != nil {
 			continue
 		}
-		defer func() { _ = l.Close() }() // all at the end, so that no port comes twice
-		all = append(all, l.Addr().String())
+		_ = l.Close()
+		if at := l.Addr().String(); !givenOut.ports[at] {
+			givenOut.ports[at] = true
+			all = append(all, at)
+		}
 	}
 	if len(all) < n {
 		t.Fatal("no free ports")
@@ -311,11 +323,24 @@ func (k *killing) wait(who string, group *sync.WaitGroup) {
 		defer close(over)
 		group.Wait()
 	}()
-	select {
-	case <-over:
-	case <-k.ctx.Done():
-	case <-time.After(patience):
-		k.t.Fatalf("%s did not finish within %s", who, patience)
+	look := time.NewTicker(time.Second)
+	defer look.Stop()
+	// They take as long as there is to read; only that nobody gets on is wrong.
+	done, since := uint64(0), time.Now()
+	for waiting := true; waiting; {
+		select {
+		case <-over:
+			waiting = false
+		case <-k.ctx.Done():
+			waiting = false
+		case <-look.C:
+			if now := k.acks.Load() + k.seen.Load(); now != done {
+				done, since = now, time.Now()
+			}
+			if time.Since(since) > patience {
+				k.t.Fatalf("%s did not finish, and nobody has got on for %s", who, patience)
+			}
+		}
 	}
 	if k.ctx.Err() != nil {
 		k.t.Fatal(context.Cause(k.ctx))

