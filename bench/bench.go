@@ -38,7 +38,7 @@ type Config struct {
 	Sessions []int
 	// Rounds is how often each load is put on; medians are reported. Default 3.
 	Rounds int
-	// Warmup and Measure are how long a load is put on before it is measured, and while it is. Default 1 s and 3 s.
+	// Warmup and Measure are how long a load is put on before it is measured, and while it is: longer where no token came by then. Default 1 s and 3 s.
 	Warmup, Measure time.Duration
 	// Window is how many tokens of a session are sent and not yet acknowledged at full speed. Default 256.
 	Window int

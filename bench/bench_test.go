@@ -27,6 +27,7 @@ func TestRawCountsEveryMessage(t *testing.T) {
 		"at a rate":     {Sessions: 1, Rate: 500, TokenBytes: 128, Warmup: 50 * time.Millisecond, Measure: 400 * time.Millisecond},
 	} {
 		t.Run(name, func(t *testing.T) {
+			began := time.Now()
 			out, err := l.runRaw(t.Context(), ns.URL(), "bench-raw", classOS)
 			if err != nil {
 				t.Fatal(err)
@@ -34,8 +35,8 @@ func TestRawCountsEveryMessage(t *testing.T) {
 			if out.Faults != (Faults{}) || out.Tokens == 0 || out.Sent < out.Tokens || uint64(out.Latency.TotalCount()) != out.Tokens {
 				t.Errorf("%+v", out)
 			}
-			if l.Rate > 0 && (out.Rate() < 250 || out.Rate() > 750) {
-				t.Errorf("%.0f messages/s", out.Rate())
+			if most := l.most(time.Since(began)); l.Rate > 0 && out.Sent > most {
+				t.Errorf("%d messages were sent, want at most %d", out.Sent, most)
 			}
 		})
 	}
@@ -55,6 +56,43 @@ func TestRawCountsEveryMessage(t *testing.T) {
 		if strings.Contains(strings.ToLower(name), "bench") {
 			t.Errorf("stream %s is left behind", name)
 		}
+	}
+}
+
+// TestRawEndsWithItsPublisher: what is refused ends the load, which else would wait for what will not come.
+func TestRawEndsWithItsPublisher(t *testing.T) {
+	ns, _ := node(t, classOS)
+	nc, err := nats.Connect(ns.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := Load{Sessions: 1, Rate: 100, TokenBytes: 128, Measure: time.Hour}.runRaw(ctx, ns.URL(), "bench-raw", classOS)
+		ended <- err
+	}()
+	// Once it has something, its stream is taken away: then nobody answers what is published.
+	for {
+		s, err := js.Stream(ctx, "BENCH-RAW")
+		if err == nil && s.CachedInfo().State.Msgs > 0 {
+			break
+		}
+		if err := pause(ctx, 5*time.Millisecond); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := js.DeleteStream(ctx, "BENCH-RAW"); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err == nil || !strings.Contains(err.Error(), "refused") {
+		t.Error(err)
 	}
 }
 
@@ -78,12 +116,11 @@ func TestRunMeasuresARealSystem(t *testing.T) {
 	if err := rep.WriteText(&text); err != nil {
 		t.Fatal(err)
 	}
-	if !rep.Sound() || stopped != 2 || len(lines) != 8 || len(rep.Loads) != 8 || len(rep.Rows) < 6 {
+	if !rep.Sound() || stopped != 2 || len(lines) != 8 || len(rep.Loads) != 8 || len(rep.Rows) != 7 {
 		t.Errorf("%d stopped, %d lines, %d loads, %d rows\n%s", stopped, len(lines), len(rep.Loads), len(rep.Rows), &text)
 	}
 	for _, l := range rep.Loads {
-		// Where each message is synced, raw JetStream may tell its consumer of none for so short a time.
-		if l.Sent == 0 || (l.TokensPerSecond <= 0 || l.P50Millis <= 0) && !strings.Contains(l.What, "raw JetStream, 2 sessions at full speed, class fsync") {
+		if l.Sent == 0 || l.TokensPerSecond <= 0 || l.P50Millis <= 0 {
 			t.Errorf("%+v", l)
 		}
 	}

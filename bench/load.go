@@ -27,7 +27,7 @@ type Load struct {
 	Window int
 	// TokenBytes is the size of a token's envelope, encoded, as the agent sends it; of the baseline, of the whole message.
 	TokenBytes int
-	// Warmup comes before Measure, and is not measured.
+	// Warmup comes before Measure, and is not measured. Where no token came in Measure, it is measured until one does.
 	Warmup, Measure time.Duration
 }
 
@@ -90,6 +90,8 @@ type meter struct {
 	measuring atomic.Bool
 	stopped   atomic.Bool // publishers send their last
 
+	first chan struct{} // closed with the first token that was measured
+
 	mu     sync.Mutex
 	tokens uint64
 	hist   *hdrhistogram.Histogram
@@ -99,7 +101,7 @@ type meter struct {
 
 func newMeter() *meter {
 	// 1 µs to a minute, three digits.
-	return &meter{began: time.Now(), hist: hdrhistogram.New(1, 60_000_000, 3)}
+	return &meter{began: time.Now(), first: make(chan struct{}), hist: hdrhistogram.New(1, 60_000_000, 3)}
 }
 
 // clock is the time of the run, in nanoseconds.
@@ -113,6 +115,9 @@ func (m *meter) received(sent []uint64) {
 	now := m.clock()
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.tokens == 0 && len(sent) > 0 {
+		close(m.first)
+	}
 	m.tokens += uint64(len(sent))
 	for _, at := range sent {
 		// Beyond a minute is a minute: such a run has other problems.
@@ -128,7 +133,8 @@ func (m *meter) over(sent uint64, f Faults) {
 	m.faults.add(f)
 }
 
-// phases lets the load warm up, measures it and stops it.
+// phases lets the load warm up, measures it and stops it. A system that is slow to tell of the first token is measured until it does, because a figure of nothing compares with nothing; one that does not
+// within firstTime has a figure of nothing.
 func (m *meter) phases(ctx context.Context, l Load) (time.Duration, error) {
 	defer m.stopped.Store(true)
 	if err := pause(ctx, l.Warmup); err != nil {
@@ -137,8 +143,24 @@ func (m *meter) phases(ctx context.Context, l Load) (time.Duration, error) {
 	m.measuring.Store(true)
 	from := time.Now()
 	err := pause(ctx, l.Measure)
+	if err == nil {
+		err = m.waitForFirst(ctx)
+	}
 	m.measuring.Store(false)
 	return time.Since(from), err
+}
+
+func (m *meter) waitForFirst(ctx context.Context) error {
+	t := time.NewTimer(firstTime)
+	defer t.Stop()
+	select {
+	case <-m.first:
+		return nil
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 func (m *meter) outcome(elapsed time.Duration) *Outcome {
@@ -179,11 +201,15 @@ func (m *meter) pace(ctx context.Context, rate int, send func(from, to uint64, l
 	return send(sent+1, sent+1, true)
 }
 
-// connectTime is how long the clients may take to connect, and drainTime the load to come to its end.
+// connectTime is how long the clients may take to connect, firstTime is how much longer than Measure they wait for a first token, and drainTime is how long the load may take to come to its end.
 const (
 	connectTime = time.Minute
+	firstTime   = 30 * time.Second
 	drainTime   = 30 * time.Second
 )
+
+// within is how long the load may take in all.
+func (l Load) within() time.Duration { return l.Warmup + l.Measure + firstTime + drainTime }
 
 var errStuck = errors.New("bench: the load did not come to its end in time")
 
@@ -206,7 +232,7 @@ func (l Load) run(ctx context.Context, edge *url.URL, token, name string) (*Outc
 		}
 		pairs = append(pairs, p)
 	}
-	ctx, cancelLoad := context.WithTimeoutCause(ctx, l.Warmup+l.Measure+drainTime, errStuck)
+	ctx, cancelLoad := context.WithTimeoutCause(ctx, l.within(), errStuck)
 	defer cancelLoad()
 	group, ctx := errgroup.WithContext(ctx)
 	for i, p := range pairs {

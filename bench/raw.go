@@ -32,8 +32,11 @@ func (l Load) runRaw(ctx context.Context, server, name string, class schema.Dura
 	if l.TokenBytes < stampLen {
 		return nil, fmt.Errorf("bench: a message of %d bytes cannot carry what it is checked by; choose %d or more", l.TokenBytes, stampLen)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, l.Warmup+l.Measure+drainTime, errStuck)
+	ctx, cancel := context.WithTimeoutCause(ctx, l.within(), errStuck)
 	defer cancel()
+	// Where the publisher has failed, no token will come that the measurement could wait for.
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
 	m := newMeter()
 	in, err := nats.Connect(server, nats.Name("bench consumer"))
 	if err != nil {
@@ -73,7 +76,7 @@ func (l Load) runRaw(ctx context.Context, server, name string, class schema.Dura
 	}
 	defer consuming.Stop()
 
-	p := &rawPublisher{m: m, c: c, buf: make([]byte, l.TokenBytes)}
+	p := &rawPublisher{m: m, c: c, fail: fail, buf: make([]byte, l.TokenBytes)}
 	nc, err := nats.Connect(server, nats.Name("bench publisher"))
 	if err != nil {
 		return nil, fmt.Errorf("bench: NATS cannot be reached for the baseline: %w", err)
@@ -94,7 +97,13 @@ func (l Load) runRaw(ctx context.Context, server, name string, class schema.Dura
 		p.buf[i] = 'x'
 	}
 	published := make(chan error, 1)
-	go func() { published <- p.run(ctx, l.Rate) }()
+	go func() {
+		err := p.run(ctx, l.Rate)
+		if err != nil {
+			fail(err)
+		}
+		published <- err
+	}()
 	elapsed, err := m.phases(ctx, l)
 	if perr := <-published; err == nil {
 		err = perr
@@ -150,15 +159,15 @@ type rawPublisher struct {
 	c        *rawConsumer
 	subjects []string
 	buf      []byte
-	failed   atomic.Pointer[error]
+	fail     context.CancelCauseFunc // ends the load
 }
 
 // refused is called by the library where an acknowledgement is an error, or does not come.
 func (p *rawPublisher) refused(_ jetstream.JetStream, _ *nats.Msg, err error) {
-	p.failed.CompareAndSwap(nil, &err)
+	p.fail(fmt.Errorf("bench: the baseline's publish was refused: %w", err))
 }
 
-func (p *rawPublisher) publish(number, sent uint64) error {
+func (p *rawPublisher) publish(ctx context.Context, number, sent uint64) error {
 	putStamp(p.buf, number, sent)
 	for {
 		_, err := p.js.PublishAsync(p.subjects[number%uint64(len(p.subjects))], p.buf)
@@ -166,8 +175,8 @@ func (p *rawPublisher) publish(number, sent uint64) error {
 			return err
 		}
 		// It has waited for 200 ms. The load's own deadline bounds how often.
-		if p.failed.Load() != nil {
-			return *p.failed.Load()
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 	}
 }
@@ -175,7 +184,7 @@ func (p *rawPublisher) publish(number, sent uint64) error {
 func (p *rawPublisher) run(ctx context.Context, rate int) error {
 	var err error
 	if rate > 0 {
-		err = p.m.pace(ctx, rate, p.some)
+		err = p.m.pace(ctx, rate, func(from, to uint64, last bool) error { return p.some(ctx, from, to, last) })
 	} else {
 		err = p.flood(ctx)
 	}
@@ -185,22 +194,18 @@ func (p *rawPublisher) run(ctx context.Context, rate int) error {
 	select {
 	case <-p.js.PublishAsyncComplete():
 	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
-	if f := p.failed.Load(); f != nil {
-		return fmt.Errorf("bench: the baseline's publish was refused: %w", *f)
-	}
-	return nil
+	return context.Cause(ctx)
 }
 
 // some publishes a few.
-func (p *rawPublisher) some(from, to uint64, last bool) error {
+func (p *rawPublisher) some(ctx context.Context, from, to uint64, last bool) error {
 	at := p.m.clock()
 	if last {
 		at = lastToken
 	}
 	for n := from; n <= to; n++ {
-		if err := p.publish(n, at); err != nil {
+		if err := p.publish(ctx, n, at); err != nil {
 			return err
 		}
 	}
@@ -216,10 +221,13 @@ func (p *rawPublisher) flood(ctx context.Context) error {
 				return err
 			}
 		}
-		if err := errors.Join(ctx.Err(), p.some(n+1, n+atOnce, false)); err != nil {
+		if err := p.some(ctx, n+1, n+atOnce, false); err != nil {
 			return err
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 		n += atOnce
 	}
-	return p.some(n+1, n+1, true)
+	return p.some(ctx, n+1, n+1, true)
 }
