@@ -15,6 +15,9 @@ SESSION = "gRPC from Python %d" % time.time_ns()
 AUTHORIZED = [("authorization", "Bearer " + os.environ["TOKEN"])]
 # At least.
 APPENDS = 150
+# So often the connection of who follows must be cut, and that of who appends once: it is appended until they were, for as many seconds as this.
+CUTS = 2
+PATIENCE = 90
 # A channel waits longer and longer before it connects again; here that is not the point. The least is also how long connecting may take.
 QUICKLY = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 5000), ("grpc.max_reconnect_backoff_ms", 100)]
 # What a cut wire looks like.
@@ -25,12 +28,16 @@ def stub(address):
     return service_pb2_grpc.SessionServiceStub(grpc.insecure_channel(address, options=QUICKLY))
 
 
+def was_cut(counts):
+    return counts["again"] and counts["streams"] > CUTS
+
+
 def publish(written, counts):
     """Appends with a producer's sequence: the same request, sent again after a lost answer, is stored once."""
     service = stub(os.environ["CUT_GRPC"])
     seq = appends = 0
-    # As many as it takes to have one of them cut.
-    while appends < APPENDS or not counts["again"]:
+    began = time.monotonic()
+    while appends < APPENDS or not was_cut(counts) and time.monotonic() - began < PATIENCE:
         appends += 1
         request = service_pb2.AppendRequest(session=SESSION)
         for _ in range(random.randint(1, 5)):
@@ -40,7 +47,7 @@ def publish(written, counts):
             written.append(e.token.text)
         while True:
             try:
-                answer = service.Append(request, metadata=AUTHORIZED, timeout=10)
+                answer = service.Append(request, metadata=AUTHORIZED, timeout=PATIENCE)
                 break
             except grpc.RpcError as lost:
                 assert lost.code() in LOST, lost
@@ -53,7 +60,7 @@ def publish(written, counts):
     end = service_pb2.AppendRequest(session=SESSION)
     e = end.envelopes.add()
     e.message_completed.message_id = "m1"
-    stub(os.environ["EDGE_GRPC"]).Append(end, metadata=AUTHORIZED, timeout=10)
+    stub(os.environ["EDGE_GRPC"]).Append(end, metadata=AUTHORIZED, timeout=PATIENCE)
 
 
 def follow(address, got, counts):
@@ -112,7 +119,7 @@ def main():
         raise wrong[0]
     assert got == calm, "who was cut got something else"
     assert [e.token.text for e in got[:-1]] == written, "something else was written"
-    assert counts["streams"] > 2, "hardly anything was cut: %r" % counts
+    assert was_cut(counts), "hardly anything was cut: %r" % counts
     service = stub(os.environ["EDGE_GRPC"])
     session = service.GetSession(service_pb2.GetSessionRequest(session=SESSION), metadata=AUTHORIZED).session
     assert session.head_seq == len(got), session

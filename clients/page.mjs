@@ -14,7 +14,7 @@ const unique = process.hrtime.bigint()
 const phone = { width: 360, height: 740 }
 const desk = { width: 1280, height: 800 }
 // For each wait, in milliseconds: the machine does much else.
-const patience = 20000
+const patience = 90000
 
 const profile = mkdtempSync(join(tmpdir(), 'tidemark-page-'))
 const browser = await chromium.launchPersistentContext(profile, {
@@ -69,9 +69,20 @@ async function tab ({ token, session, size = desk, scheme = 'light', host = EDGE
     page.sockets++
     if (new URL(ws.url()).host !== host || ws.url().includes('token')) wrong.push(`a socket to ${ws.url()}`)
   })
+  // What is said of the connection, each once, also where it is said for a moment only.
+  await page.addInitScript(() => {
+    window.saidOfConnection = []
+    let last = ''
+    new MutationObserver(() => {
+      const said = document.getElementById('connection')?.textContent ?? ''
+      if (said.split(' ')[0] !== last.split(' ')[0]) window.saidOfConnection.push(said)
+      last = said
+    }).observe(document, { subtree: true, childList: true, characterData: true })
+  })
   page.on('pageerror', e => wrong.push(`an error in the page: ${e.stack}`))
-  // Of an upgrade that is refused Chromium says so by itself.
-  if (calm) page.on('console', m => { if (['error', 'warning'].includes(m.type())) wrong.push(`the console says: ${m.text()}`) })
+  // Of an upgrade that is refused Chromium says so by itself, and of a network that is gone.
+  const expected = m => host !== EDGE_HTTP && /net::ERR_(CONNECTION|EMPTY|SOCKET)_/.test(m.text())
+  if (calm) page.on('console', m => { if (['error', 'warning'].includes(m.type()) && !expected(m)) wrong.push(`the console says: ${m.text()}`) })
   await page.goto(`http://${host}/#${new URLSearchParams({ token, session })}`)
   return page
 }
@@ -79,6 +90,11 @@ async function tab ({ token, session, size = desk, scheme = 'light', host = EDGE
 const textOf = (page, selector) => page.locator(selector).innerText()
 const until = (page, selector, text) => page.waitForFunction(([s, t]) => document.querySelector(s).textContent.includes(t), [selector, text])
 const connected = page => until(page, '#connection', 'Connected')
+// Waits until this has been said of the connection, and forgets all that was said until then.
+const saidOfConnection = (page, text) => page.waitForFunction(t => {
+  const at = window.saidOfConnection.findIndex(said => said.includes(t))
+  return at >= 0 && window.saidOfConnection.splice(0, at + 1)
+}, text)
 
 // Everybody can use it: every control has a name, what has the focus is seen to have it, and nothing sticks out to the side.
 async function usable (page, when) {
@@ -153,7 +169,6 @@ async function stream (a, id, texts, pause) {
     a.say('token', { message_id: id, text })
     await sleep(pause)
   }
-  a.say('message_completed', { message_id: id, finish_reason: 'stop' })
 }
 
 // What stands in the message of the agent that comes last.
@@ -161,7 +176,8 @@ const lastMessage = page => page.locator('.message.agent > .text').last().evalua
 
 async function aWorkflow () {
   const session = `page ${unique}`
-  const page = await tab({ token: USER_TOKEN, session })
+  const wire = await openWire()
+  const page = await tab({ token: USER_TOKEN, session, host: wire.address })
   await connected(page)
   assert(!page.url().includes('token') && page.url().includes('session='), `the token stays in the address bar: ${page.url()}`)
   assert.equal(await page.evaluate(() => sessionStorage.getItem('tidemark.token')), USER_TOKEN)
@@ -208,15 +224,22 @@ async function aWorkflow () {
   await page.keyboard.press('Enter')
   await a.hear(e => e.type === 'user_input' && e.data.response === 'at low water', 'the answer')
 
-  // The connection is cut in the middle of a message.
+  // The connection is cut in the middle of a message, and does not come back before some of it was missed, nor need all of it be said by then.
   const more = pieces(150)
-  const streaming = stream(a, 'm2', more, 15)
+  const streaming = stream(a, 'm2', more.slice(0, 80), 15)
   await page.waitForFunction(() => [...document.querySelectorAll('.message.agent > .text')].at(-1).textContent.includes('30 '))
+  wire.goAway()
   await page.locator('#cut').click()
-  await until(page, '#connection', 'Cut')
-  await look(page, '4-cut')
-  await connected(page)
+  await saidOfConnection(page, 'Cut')
   await streaming
+  a.say('token', { message_id: 'm2', text: more[80] })
+  await a.hear(e => e.seq && e.data.text === more[80] && e.data.message_id === 'm2', 'what the page misses')
+  const theRest = stream(a, 'm2', more.slice(81), 15)
+  wire.comeBack()
+  await look(page, '4-cut')
+  await saidOfConnection(page, 'Connected')
+  await theRest
+  a.say('message_completed', { message_id: 'm2', finish_reason: 'stop' })
   await page.waitForFunction(t => [...document.querySelectorAll('.message.agent > .text')].at(-1).textContent === t, more.join(''))
   assert.equal(await textOf(page, '#flaws'), '0, 0')
   assert.equal(await textOf(page, '#reconnects'), '1')
@@ -241,6 +264,7 @@ async function aWorkflow () {
   assert.equal(page.sockets, sockets + 1, 'it came again to a session that has ended')
   a.close()
   await page.close()
+  wire.close()
   return seq
 }
 
@@ -292,11 +316,13 @@ async function asAgent () {
   await Promise.all([page.close(), user.close()])
 }
 
-// A wire to the edge that can break, as networks do: without a goodbye.
+// A wire to the edge that can break, as networks do: without a goodbye. While it is away it makes no connection, and those that are there go on.
 async function openWire () {
   const [host, port] = EDGE_HTTP.split(':')
   const ends = new Set()
+  let away = false
   const server = net.createServer(near => {
+    if (away) return near.resetAndDestroy()
     const far = net.connect(port, host)
     for (const [from, to] of [[near, far], [far, near]]) {
       ends.add(from)
@@ -312,6 +338,8 @@ async function openWire () {
   return {
     address: `127.0.0.1:${server.address().port}`,
     cut: () => ends.forEach(end => end.resetAndDestroy()),
+    goAway: () => { away = true },
+    comeBack: () => { away = false },
     close: () => {
       server.close()
       ends.forEach(end => end.destroy())
@@ -328,10 +356,13 @@ async function overABadWire () {
   await connected(page)
   const texts = pieces(60)
   for (const losses of [1, 2]) {
+    // It stays away until the loss was shown, however seldom the page comes to draw.
+    wire.goAway()
     wire.cut()
     for (const text of texts.slice(30 * losses - 30, 30 * losses)) a.say('token', { message_id: 'm1', text })
-    await until(page, '#connection', 'Lost')
-    await connected(page)
+    await saidOfConnection(page, 'Lost')
+    wire.comeBack()
+    await saidOfConnection(page, 'Connected')
     await page.waitForFunction(t => document.querySelector('.message.agent > .text')?.textContent === t, texts.slice(0, 30 * losses).join(''))
     assert.equal(await textOf(page, '#reconnects'), String(losses))
   }
@@ -358,10 +389,10 @@ async function refusedForNow () {
   })
   await connected(page)
   await page.locator('#agent summary').click()
-  // All of it at once, as fast as it can be typed.
+  // All of it at once, as fast as it can be typed; the moment lasts until all of it was refused, also on a machine that does much else.
   const said = 'ebb and flood '.repeat(10).trim()
   await page.locator('#stream-text').fill(said)
-  await page.evaluate(() => { const at = setTimeout; window.setTimeout = (f, wait) => at(f, wait === 60 ? 0 : wait) })
+  await page.evaluate(() => { const at = setTimeout; window.setTimeout = (f, wait) => at(f, { 60: 0, 1000: 5000 }[wait] ?? wait) })
   await page.locator('#stream button[type=submit]').click()
   await page.waitForFunction(t => document.querySelector('.message.agent > .text')?.textContent === t && !document.querySelector('.writing'), said)
   assert.ok(sent.size > 30 && Math.max(...sent.values()) === 2, `each is sent twice: ${[...sent.values()]}`)

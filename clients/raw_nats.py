@@ -12,6 +12,8 @@ import nats
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from nats.js.api import ConsumerConfig, DeliverPolicy
 
+# How long NATS may take to answer, in seconds.
+PATIENCE = 90
 CONTRACT = os.environ.get("CONTRACT") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "schema", "contract.binpb")
 
 
@@ -53,8 +55,8 @@ def text_of(envelope):
 
 async def main(session, tenant="default"):
     Frame = frame_class()
-    nc = await nats.connect(os.environ["NATS_URL"])
-    js = nc.jetstream()
+    nc = await nats.connect(os.environ["NATS_URL"], connect_timeout=PATIENCE)
+    js = nc.jetstream(timeout=PATIENCE)
     streams = int((await js.stream_info("LOG_00")).config.metadata["tidemark.streams"])
     vs = slice_of(tenant, session)
     stream, subject = "LOG_%02d" % (vs * streams // 256), "log.%03d.%s.%s" % (vs, escape(tenant), escape(session))

@@ -14,7 +14,7 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 # The address that README.md uses, and the one of the wire instead.
 ADDRESS = "127.0.0.1:8080"
 # How long everybody may take to print what was published, in seconds.
-PATIENCE = 30
+PATIENCE = 90
 
 
 def snippets(heading, language):

@@ -13,6 +13,8 @@ import websockets
 TOKEN = os.environ["TOKEN"]
 SESSION = "workflow of Python %d" % time.time_ns()
 DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+# How long opening a connection may take, in seconds.
+PATIENCE = 90
 
 
 def ulid():
@@ -41,7 +43,7 @@ async def publish(messages):
     waiting, connections = [dict(type=t, id=ulid(), data=d) for t, d in messages], 0
     while waiting:
         try:
-            async with websockets.connect(address(os.environ["CUT_HTTP"], lastSeq="latest"), max_size=None) as ws:
+            async with websockets.connect(address(os.environ["CUT_HTTP"], lastSeq="latest"), max_size=None, open_timeout=PATIENCE) as ws:
                 connections += 1
                 sent = 0
                 while waiting:
@@ -67,7 +69,7 @@ async def follow(host, until):
     while True:
         try:
             query = {k: v for k, v in dict(lastSeq=len(got), epoch=epoch).items() if v}
-            async with websockets.connect(address(host, **query), max_size=None) as ws:
+            async with websockets.connect(address(host, **query), max_size=None, open_timeout=PATIENCE) as ws:
                 connections += 1
                 async for text in ws:
                     said = json.loads(text)
@@ -92,7 +94,7 @@ def text(envelopes):
 
 async def refused(**query):
     """What the edge says to a client that comes with this."""
-    async with websockets.connect(address(os.environ["EDGE_HTTP"], **query)) as ws:
+    async with websockets.connect(address(os.environ["EDGE_HTTP"], **query), open_timeout=PATIENCE) as ws:
         said = json.loads(await ws.recv())
         assert said["type"] == "error", said
         return said["data"]["code"]
@@ -113,7 +115,7 @@ async def main():
     assert await refused(lastSeq=1, epoch="01JBV0000000000000000000XY") == "epoch_mismatch"
     assert await refused(lastSeq=len(got) + 1) == "seq_beyond_head"
     try:
-        await websockets.connect("ws://%s/ws?sessionName=s&token=no" % os.environ["EDGE_HTTP"])
+        await websockets.connect("ws://%s/ws?sessionName=s&token=no" % os.environ["EDGE_HTTP"], open_timeout=PATIENCE)
         sys.exit("a wrong token was accepted")
     except websockets.InvalidStatus as e:
         assert e.response.status_code == 401, e

@@ -292,7 +292,7 @@ async function manners (session) {
   t.send('user_input', {})
   assert.deepEqual(await t.closed(), ['invalid_message', 1008, 'invalid_message'])
   t = await talk(`${session} quiet`, USER_TOKEN)
-  for (let i = 0; i < 40; i++) t.send('user_message', { message: `${i}` })
+  for (let i = 0; i < 200; i++) t.send('user_message', { message: `${i}` })
   assert.deepEqual(await t.closed(), ['rate_exceeded', 1008, 'rate_exceeded'])
 }
 

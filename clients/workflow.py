@@ -11,6 +11,8 @@ from urllib.parse import urlencode
 import websockets
 
 DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+# How long opening a connection may take, in seconds.
+PATIENCE = 90
 LOST = (OSError, websockets.ConnectionClosed, websockets.InvalidHandshake, EOFError, TimeoutError)
 TERMINAL = ("completed", "failed", "cancelled")
 # How much shorter than in life the pauses between connections are.
@@ -46,7 +48,7 @@ class Client:
         failures = 0
         while True:
             try:
-                async with websockets.connect(address(self.host, self.session, self.token, lastSeq=len(self.got), epoch=self.epoch), max_size=None, proxy=None) as ws:
+                async with websockets.connect(address(self.host, self.session, self.token, lastSeq=len(self.got), epoch=self.epoch), max_size=None, open_timeout=PATIENCE, proxy=None) as ws:
                     first = json.loads(await ws.recv())
                     if first["type"] == "attached":
                         self.connections += 1
@@ -203,7 +205,7 @@ async def process(role, session):
 
 
 async def connect(session, token, **query):
-    return await websockets.connect(address(os.environ["EDGE_HTTP"], session, token, **query), max_size=None, proxy=None)
+    return await websockets.connect(address(os.environ["EDGE_HTTP"], session, token, **query), max_size=None, open_timeout=PATIENCE, proxy=None)
 
 
 async def turned_away(session, token):
@@ -256,7 +258,7 @@ async def manners(session):
     await ws.send(json.dumps(dict(type="user_input", data={})))
     assert await closed(ws) == ("invalid_message", 1008, "invalid_message")
     ws = await connect(session + " quiet", user)
-    for i in range(40):
+    for i in range(200):
         try:
             await ws.send(json.dumps(dict(type="user_message", data=dict(message=str(i)))))
         except websockets.ConnectionClosed:
