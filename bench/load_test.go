@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -64,10 +65,15 @@ func TestPaceKeepsTheRate(t *testing.T) {
 	for _, rate := range []int{50, 500, 1000, 3000} {
 		synctest.Test(t, func(t *testing.T) {
 			m := newMeter()
-			var sent, most, ends uint64
+			var (
+				mu               sync.Mutex
+				sent, most, ends uint64
+			)
 			paced := make(chan error, 1)
 			go func() {
 				paced <- m.pace(t.Context(), rate, func(from, to uint64, last bool) error {
+					mu.Lock()
+					defer mu.Unlock()
 					if from != sent+1 || to < from || ends > 0 {
 						t.Errorf("at %d a second: %d to %d behind %d", rate, from, to, sent)
 					}
@@ -86,16 +92,18 @@ func TestPaceKeepsTheRate(t *testing.T) {
 				// Not in the moment of a tick.
 				time.Sleep(time.Until(m.began.Add(time.Duration(second+1)*time.Second + time.Millisecond/2)))
 				synctest.Wait()
+				mu.Lock()
 				if want := (second + 1) * uint64(rate); sent != want {
 					t.Errorf("at %d a second: %d after %d s, want %d", rate, sent, second+1, want)
 				}
-			}
-			if want := uint64(rate) / 10; most != want {
-				t.Errorf("at %d a second: at most %d at once, want the %d of the 100 ms that a send took", rate, most, want)
+				mu.Unlock()
 			}
 			m.stopped.Store(true)
 			if err := <-paced; err != nil || ends != 1 {
 				t.Errorf("at %d a second: %v, %d last ones", rate, err, ends)
+			}
+			if want := uint64(rate) / 10; most != want {
+				t.Errorf("at %d a second: at most %d at once, want the %d of the 100 ms that a send took", rate, most, want)
 			}
 		})
 	}
@@ -120,6 +128,7 @@ func TestMeterWaitsForAToken(t *testing.T) {
 				m.received([]uint64{m.clock(), m.clock()})
 			})
 			elapsed, err := m.phases(t.Context(), Load{Warmup: time.Second, Measure: time.Second})
+			synctest.Wait()
 			if out := m.outcome(elapsed); err != nil || elapsed != tt.elapsed || out.Tokens != tt.tokens || !m.stopped.Load() || m.measuring.Load() {
 				t.Errorf("%s: %d tokens in %v, want %d in %v; %v", name, out.Tokens, elapsed, tt.tokens, tt.elapsed, err)
 			}

@@ -169,8 +169,10 @@ func (p *rawPublisher) refused(_ jetstream.JetStream, _ *nats.Msg, err error) {
 
 func (p *rawPublisher) publish(ctx context.Context, number, sent uint64) error {
 	putStamp(p.buf, number, sent)
+	// Were the library to publish again what nobody took, it would find a later message in the buffer.
+	once := jetstream.WithRetryAttempts(0)
 	for {
-		_, err := p.js.PublishAsync(p.subjects[number%uint64(len(p.subjects))], p.buf)
+		_, err := p.js.PublishAsync(p.subjects[number%uint64(len(p.subjects))], p.buf, once)
 		if !errors.Is(err, jetstream.ErrTooManyStalledMsgs) {
 			return err
 		}

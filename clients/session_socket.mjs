@@ -31,7 +31,7 @@ function converse (host, query, opened, heard) {
     const ws = new WebSocket(`ws://${host}/ws?${new URLSearchParams({ sessionName: session, token: TOKEN, ...query })}`)
     let done = false
     ws.on('error', () => {}) // the end follows
-    ws.on('close', () => resolve(done))
+    ws.on('close', (code, reason) => resolve(done ? 'done' : code === 1000 ? String(reason) : 'lost'))
     ws.on('open', () => opened(ws))
     ws.on('message', text => {
       if (done) return
@@ -59,7 +59,7 @@ async function publish (messages) {
       connections++
       more(ws)
     }
-    over = await converse(CUT_HTTP, { lastSeq: 'latest' }, opened, (said, ws) => {
+    const end = await converse(CUT_HTTP, { lastSeq: 'latest' }, opened, (said, ws) => {
       assert(said.type !== 'error' || said.data.retryable, JSON.stringify(said))
       if (said.type !== 'published') return false
       assert.equal(said.data.id, waiting[0].id)
@@ -69,6 +69,13 @@ async function publish (messages) {
       setTimeout(more, 5, ws)
       return waiting.length === 0
     })
+    over = end === 'done' || end === 'completed'
+    if (end === 'completed') {
+      // The session takes nothing more. What of ours it had taken, and could not tell us any more, is among what is replayed.
+      const [all] = await follow(CUT_HTTP, 'run_status')
+      const stored = new Set(all.map(e => e.id))
+      assert(waiting.every(({ id }) => stored.has(id)), `the session has ended without ${JSON.stringify(waiting)}`)
+    }
   }
   return connections
 }
@@ -91,7 +98,7 @@ async function follow (host, until) {
         assert(said.type === 'going_away' || said.data.retryable, JSON.stringify(said))
       }
       return said.type === until
-    })
+    }) === 'done'
   }
   return [got, connections]
 }

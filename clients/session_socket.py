@@ -13,7 +13,7 @@ import websockets
 TOKEN = os.environ["TOKEN"]
 SESSION = "workflow of Python %d" % time.time_ns()
 DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-# How long opening a connection may take, in seconds.
+# How long opening a connection may take, in seconds, for who may not lose it.
 PATIENCE = 90
 
 
@@ -43,7 +43,7 @@ async def publish(messages):
     waiting, connections = [dict(type=t, id=ulid(), data=d) for t, d in messages], 0
     while waiting:
         try:
-            async with websockets.connect(address(os.environ["CUT_HTTP"], lastSeq="latest"), max_size=None, open_timeout=PATIENCE) as ws:
+            async with websockets.connect(address(os.environ["CUT_HTTP"], lastSeq="latest"), max_size=None) as ws:
                 connections += 1
                 sent = 0
                 while waiting:
@@ -58,6 +58,12 @@ async def publish(messages):
                         del waiting[0]
                         sent -= 1
                         await asyncio.sleep(0.003)
+        except websockets.ConnectionClosedOK as e:
+            # The session has ended, and takes nothing more. What of ours it had taken, and could not tell us any more, is among what is replayed.
+            assert e.rcvd.code == 1000 and e.rcvd.reason == "completed", e
+            stored = {said["id"] for said in (await follow(os.environ["CUT_HTTP"], "run_status"))[0]}
+            assert stored.issuperset(message["id"] for message in waiting), "the session has ended without %r" % waiting
+            waiting = []
         except (OSError, websockets.ConnectionClosed, websockets.InvalidHandshake, EOFError):
             await asyncio.sleep(0.02)
     return connections

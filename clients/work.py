@@ -40,7 +40,7 @@ async def over_grpc(service):
 
 @contextlib.asynccontextmanager
 async def over_websocket(address):
-    async with websockets.connect("ws://%s/v1/connect" % address, subprotocols=["tidemark.v1.json"], additional_headers=AUTHORIZED, max_size=None, open_timeout=PATIENCE) as ws:
+    async with websockets.connect("ws://%s/v1/connect" % address, subprotocols=["tidemark.v1.json"], additional_headers=AUTHORIZED, max_size=None) as ws:
 
         async def send(frame):
             await ws.send(json_format.MessageToJson(frame))

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import websockets
 
 DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-# How long opening a connection may take, in seconds.
+# How long opening a connection may take, in seconds, for who may not lose it.
 PATIENCE = 90
 LOST = (OSError, websockets.ConnectionClosed, websockets.InvalidHandshake, EOFError, TimeoutError)
 TERMINAL = ("completed", "failed", "cancelled")
