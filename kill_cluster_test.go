@@ -231,16 +231,7 @@ func TestKillsAtWorkInACluster(t *testing.T) {
 	w.toil(3_000, func() {
 		for i := range 12 {
 			c.heal()
-			w.pause(500 * time.Millisecond)
-			if i%5 == 4 {
-				w.freezeStandby()
-				continue
-			}
-			v := w.all[w.random.IntN(len(w.all))]
-			v.kill()
-			w.pause(2 * time.Second)
-			v.start()
-			v.p.awaitReady()
+			w.fault(i, 2*time.Second)
 		}
 	})
 }

@@ -49,18 +49,24 @@ func TestKillsAtWork(t *testing.T) {
 	w := newToil(t)
 	w.toil(items, func() {
 		for i := range faults {
-			w.pause(500 * time.Millisecond)
-			if i%5 == 4 {
-				w.freezeStandby()
-				continue
-			}
-			v := w.all[w.random.IntN(len(w.all))]
-			v.kill()
-			w.pause(300 * time.Millisecond)
-			v.start()
-			v.p.awaitReady()
+			w.fault(i, 300*time.Millisecond)
 		}
 	})
+}
+
+// fault kills a process, which is down for a while, or, each fifth time, freezes the standby.
+func (w *toil) fault(i int, down time.Duration) {
+	w.t.Helper()
+	w.pause(500 * time.Millisecond)
+	if i%5 == 4 {
+		w.freezeStandby()
+		return
+	}
+	v := w.all[w.random.IntN(len(w.all))]
+	v.kill()
+	w.pause(down)
+	v.start()
+	v.p.awaitReady()
 }
 
 func newToil(t *testing.T) *toil {
